@@ -1,0 +1,45 @@
+# make demo   set everything up in .venv and see the model work
+# make test   set everything up and run the tests
+# make check  lint and format, as CI does
+# make test-oldest  the core of the suite on the oldest supported transformers
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OLDEST_TRANSFORMERS ?= transformers==5.17.0
+WORKERS ?= 2
+VENV := .venv
+OLDEST := .venv-oldest
+
+.PHONY: demo test check format test-oldest clean
+
+$(VENV)/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(OLDEST)/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $(TORCH) $(OLDEST_TRANSFORMERS)
+	$(OLDEST)/bin/python -m pip install --quiet -r requirements-dev.txt $(OLDEST_TRANSFORMERS)
+	touch $@
+
+demo: $(VENV)/ready
+	$(VENV)/bin/python demo.py
+
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -n $(WORKERS)
+
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m core
+
+check: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache

@@ -1,0 +1,3 @@
+from transformers.generation import GenerationMixin
+class BagelGenerationMixin(GenerationMixin):
+    pass

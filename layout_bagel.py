@@ -1,0 +1,535 @@
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The one rule: which token sees which, at which position, and which expert handles it; knows ids and columns only.
+
+Axes: (batch, length). A packed training sequence is a batch of one row that holds many samples; a padded batch holds
+one sample per row. Both are the same seven columns.
+
+A text question about a picture, then a picture to be drawn (t text, i ViT, n noisy latents, boundary tokens included):
+
+    token        t  i  i  i  t  t  n  n  n
+    span         0  1  1  1  2  2  3  3  3
+    position     0  1  1  1  2  3  4  4  4      sees (rows see columns)
+                                                t  x . . . . . . . .
+                                                i  x x x x . . . . .
+                                                i  x x x x . . . . .
+                                                i  x x x x . . . . .
+                                                t  x x x x x . . . .
+                                                t  x x x x x x . . .
+                                                n  x x x x x x x x x
+                                                n  x x x x x x x x x
+                                                n  x x x x x x x x x
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+PADDING = -1  # sample id of padding: it sees only padding, so no row of a mask is ever empty
+UNUSED = -2  # sample id of cache places that nothing has been written to
+
+
+def visible(q_index, k_index, same_sample, same_span, bidirectional_k, noisy_k):
+    """
+    The rule itself, for broadcast tensors and for single elements alike.
+
+    A token sees its own sample: everything before it, all of its own span if that span is bidirectional, but a noisy
+    span only from inside.
+    """
+    return same_sample & ((k_index <= q_index) | (same_span & bidirectional_k)) & (~noisy_k | same_span)
+
+
+class Columns:
+    """Read-only view of the columns that the rule needs, for keys: what the cache holds, then the new tokens."""
+
+    def __init__(self, layout: "PackedLayout", key_length: int):
+        past, free = layout.past_length, key_length - layout.past_length - layout.length
+        if free < 0:
+            raise ValueError(
+                f"{layout.past_length} cached and {layout.length} new tokens do not fit {key_length} key places."
+            )
+
+        def extend(column: torch.Tensor, before, after) -> torch.Tensor:
+            before = before if torch.is_tensor(before) else column.new_full((column.shape[0], past), before)
+            return torch.cat([before, column, column.new_full((column.shape[0], free), after)], dim=1)
+
+        cached = 0
+        if layout.past_valid is not None:
+            cached = torch.where(layout.past_valid, 0, PADDING)
+        self.sample_ids = extend(layout.sample_ids, cached, UNUSED)
+        self.span_ids = extend(layout.span_ids, PADDING, UNUSED)
+        self.bidirectional = extend(layout.bidirectional, False, False)
+        self.noisy = extend(layout.noisy, False, False)
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """
+    What every token of a forward is, as columns of shape (batch, length).
+
+    Attributes:
+        sample_ids: sample of each token, -1 for padding. Rows with a cache hold one sample, number 0.
+        span_ids: span of each token, unique within the forward.
+        bidirectional: the token's span is seen whole from inside.
+        noisy: the token's span is hidden from everything outside it.
+        gen: the token belongs to the generation expert (VAE latents); all others to the understanding expert.
+        position_ids: rotary position.
+        past_length: tokens in the cache before these.
+        past_valid: (batch, past_length) bool, `False` for padding in the cache; `None` = all valid.
+        causal: known without looking at the columns: plain causal text, one sample per row, no expert `gen`.
+        isolated: known without looking: every valid query sees every valid key (a block that is being drawn).
+    """
+
+    sample_ids: torch.LongTensor
+    span_ids: torch.LongTensor
+    bidirectional: torch.BoolTensor
+    noisy: torch.BoolTensor
+    gen: torch.BoolTensor
+    position_ids: torch.LongTensor
+    past_length: int = 0
+    past_valid: torch.BoolTensor | None = None
+    causal: bool = False
+    isolated: bool = False
+
+    @property
+    def batch_size(self) -> int:
+        return self.sample_ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.sample_ids.shape[1]
+
+    @property
+    def valid(self) -> torch.BoolTensor:
+        """(batch, length), `False` for padding."""
+        return self.sample_ids >= 0
+
+    @cached_property
+    def routing(self) -> "Routing":
+        """Who computes what; made once, so the steps of a drawing share it."""
+        return Routing.of(None if self.causal else self.gen)
+
+    def dense_mask(self, key_length: int | None = None) -> torch.BoolTensor:
+        """(batch, 1, length, keys) bool, True = sees. `key_length` may exceed past + new tokens (static caches)."""
+        key = Columns(self, key_length or self.past_length + self.length)
+        device = self.sample_ids.device
+        q_index = torch.arange(self.past_length, self.past_length + self.length, device=device)[:, None]
+        k_index = torch.arange(key.sample_ids.shape[1], device=device)[None, :]
+        return visible(
+            q_index,
+            k_index,
+            self.sample_ids[:, :, None] == key.sample_ids[:, None, :],
+            self.span_ids[:, :, None] == key.span_ids[:, None, :],
+            key.bidirectional[:, None, :],
+            key.noisy[:, None, :],
+        )[:, None]
+
+    def mask_function(self, key_length: int | None = None) -> Callable:
+        """The same rule as `f(batch, head, q, k)` on indexes, for flex attention. `q` counts from the first new token."""
+        key = Columns(self, key_length or self.past_length + self.length)
+        past = self.past_length
+
+        def sees(batch, head, q, k):
+            return visible(
+                q + past,
+                k,
+                self.sample_ids[batch, q] == key.sample_ids[batch, k],
+                self.span_ids[batch, q] == key.span_ids[batch, k],
+                key.bidirectional[batch, k],
+                key.noisy[batch, k],
+            )
+
+        return sees
+
+    @classmethod
+    def text(
+        cls,
+        batch_size: int,
+        length: int,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_length: int = 0,
+        device: torch.device | None = None,
+    ) -> "PackedLayout":
+        """
+        Plain text: causal, one sample per row.
+
+        `attention_mask` is (batch, past + length), 0 = padding; a finished 4-D mask says nothing about padding and is
+        not read here. Without `position_ids`, tokens are counted, padding left out.
+        """
+        valid, past_valid = _split_attention_mask(attention_mask, batch_size, length, past_length)
+        zeros = torch.zeros(batch_size, length, dtype=torch.long, device=device)
+        off = zeros.bool()
+        if position_ids is None and valid is not None:
+            position_ids = _count(attention_mask.long())[:, -length:]
+        elif position_ids is None:
+            position_ids = torch.arange(length, device=device)[None] + past_length
+        return cls(
+            sample_ids=zeros if valid is None else torch.where(valid, 0, PADDING),
+            span_ids=zeros,
+            bidirectional=off,
+            noisy=off,
+            gen=off,
+            position_ids=position_ids.expand(batch_size, -1),
+            past_length=past_length,
+            past_valid=past_valid,
+            causal=True,
+        )
+
+    @classmethod
+    def from_input_ids(
+        cls,
+        places: "ImagePlaces",
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_length: int = 0,
+    ) -> "PackedLayout":
+        """
+        Text and clean pictures, one sample per row, as marked in `input_ids`.
+
+        A picture is one bidirectional span, boundary tokens included, at one position; text takes a position each.
+        """
+        batch_size, length = places.image.shape
+        plain = cls.text(batch_size, length, attention_mask, position_ids, past_length, places.image.device)
+        valid = plain.valid
+        if position_ids is None:
+            position_ids = places.positions(valid.long())
+            if past_length:
+                raise ValueError(
+                    "Pictures on top of a cache need position_ids: a cached picture takes one position for all of its "
+                    "tokens, so the next position does not follow from the cache length."
+                )
+        return cls(
+            sample_ids=plain.sample_ids,
+            span_ids=places.span_ids,
+            bidirectional=places.in_image & valid,
+            noisy=plain.noisy,
+            gen=places.latent & valid,
+            position_ids=position_ids.expand(batch_size, -1),
+            past_length=past_length,
+            past_valid=plain.past_valid,
+        )
+
+    @classmethod
+    def from_packed(
+        cls,
+        sequence_length: int,
+        sample_lens: Sequence[int],
+        position_ids: torch.LongTensor,
+        gen_indexes: torch.LongTensor | None = None,
+        split_lens: Sequence[int] | None = None,
+        attn_modes: Sequence[str] | None = None,
+        nested_attention_masks: Sequence[torch.Tensor] | None = None,
+    ) -> "PackedLayout":
+        """
+        A training pack in the released vocabulary, as one row.
+
+        Splits are `"causal"` (text), `"full"` (clean picture) or `"noise"` (picture being learned). Without them the
+        spans are read off `nested_attention_masks` (per sample, bool True = sees, or float 0 = sees). A trailing split
+        that only fills the pack up (as the released flex packs have) is cut off.
+
+        Raises:
+            ValueError: lengths that contradict each other, unknown modes, a mask that the rule cannot express.
+        """
+        device = position_ids.device
+        sample_lens = [int(n) for n in sample_lens]
+        if sum(sample_lens) < sequence_length:
+            raise ValueError(
+                f"sample_lens {sample_lens} sum to {sum(sample_lens)}, less than sequence_length={sequence_length}."
+            )
+        if position_ids.shape != (sequence_length,):
+            raise ValueError(
+                f"packed_position_ids has shape {tuple(position_ids.shape)}, expected ({sequence_length},) as "
+                f"sequence_length={sequence_length}."
+            )
+        if split_lens is not None and attn_modes is not None:
+            lens, modes = _check_splits(split_lens, attn_modes, sum(sample_lens))
+            lens_tensor = torch.tensor(lens, device=device)
+            span_ids = torch.arange(len(lens), device=device).repeat_interleave(lens_tensor)
+            bidirectional, noisy = (
+                torch.tensor([mode in kinds for mode in modes], device=device).repeat_interleave(lens_tensor)
+                for kinds in (("full", "noise"), ("noise",))
+            )
+        elif nested_attention_masks is not None:
+            span_ids, bidirectional, noisy = _columns_of_masks(nested_attention_masks, sample_lens, device)
+        else:
+            raise ValueError("Pass split_lens with attn_modes, or nested_attention_masks: one of them says who sees whom.")
+        sample_ids = torch.arange(len(sample_lens), device=device).repeat_interleave(
+            torch.tensor(sample_lens, device=device)
+        )
+        gen = torch.zeros(sequence_length, dtype=torch.bool, device=device)
+        if gen_indexes is not None:
+            gen[gen_indexes] = True
+        columns = (sample_ids, span_ids, bidirectional, noisy)
+        return cls(*(column[None, :sequence_length] for column in columns), gen=gen[None], position_ids=position_ids[None])
+
+    @classmethod
+    def noisy_blocks(
+        cls, num_latents: Sequence[int], positions: torch.LongTensor, past_length: int, past_valid: torch.BoolTensor | None
+    ) -> "PackedLayout":
+        """
+        One picture per row that is being drawn: vision_start, its latents, vision_end, then padding.
+
+        Args:
+            num_latents: latent tokens of each row.
+            positions: (batch,) the one rotary position of each block.
+            past_length, past_valid: the context it is drawn under.
+        """
+        device = positions.device
+        ends = torch.tensor(num_latents, device=device)[:, None] + 1  # index of vision_end
+        index = torch.arange(max(num_latents) + 2, device=device)[None]
+        valid = index <= ends
+        return cls(
+            sample_ids=torch.where(valid, 0, PADDING),
+            span_ids=torch.zeros_like(valid, dtype=torch.long),
+            bidirectional=valid,
+            noisy=valid,
+            gen=(index >= 1) & (index < ends),
+            position_ids=positions[:, None].expand_as(valid),
+            past_length=past_length,
+            past_valid=past_valid,
+            isolated=True,
+        )
+
+
+@dataclass(frozen=True)
+class ImagePlaces:
+    """
+    Where pictures stand in `input_ids`, all (batch, length).
+
+    Attributes:
+        image: ViT places. latent: VAE-latent places. start, end: the boundary tokens around them.
+    """
+
+    image: torch.BoolTensor
+    latent: torch.BoolTensor
+    start: torch.BoolTensor
+    end: torch.BoolTensor
+
+    @classmethod
+    def of(
+        cls, input_ids: torch.LongTensor, image_token_id: int, latent_token_id: int, start_id: int, end_id: int
+    ) -> "ImagePlaces":
+        """Boundary ids that enclose no place (a model may write them) stay text."""
+        image, latent = input_ids == image_token_id, input_ids == latent_token_id
+        place = image | latent
+        start = (input_ids == start_id) & nn.functional.pad(place[:, 1:], (0, 1))
+        end = (input_ids == end_id) & nn.functional.pad(place[:, :-1], (1, 0))
+        return cls(image, latent, start, end)
+
+    @property
+    def in_image(self) -> torch.BoolTensor:
+        return self.image | self.latent | self.start | self.end
+
+    @property
+    def span_ids(self) -> torch.LongTensor:
+        """A text run and a picture each are a span; picture k has an odd number."""
+        return self.start.long().cumsum(1) * 2 - self.in_image.long()
+
+    def positions(self, valid: torch.LongTensor) -> torch.LongTensor:
+        """One position per valid text token and per picture; 0 for padding."""
+        return _count(valid * (~self.in_image | self.start).long()) * valid
+
+    def check(self, image_lengths: list[int], latent_lengths: list[int]) -> None:
+        """
+        Compare the marked places, in reading order over the batch, with what the image tensors hold.
+
+        Raises:
+            ValueError: a run of places without boundaries, more or fewer runs than pictures, a run of another length.
+        """
+        for name, place, lengths, tensor in (
+            ("image_token_id", self.image, image_lengths, "image_grid_hw"),
+            ("latent_token_id", self.latent, latent_lengths, "latent_image_sizes"),
+        ):
+            before = nn.functional.pad(place[:, :-1], (1, 0))
+            after = nn.functional.pad(place[:, 1:], (0, 1))
+            first, last = (place & ~before).nonzero(), (place & ~after).nonzero()
+            if len(first) != len(lengths):
+                raise ValueError(
+                    f"input_ids mark {len(first)} pictures with {name}, but {tensor} describes {len(lengths)}. "
+                    "Pass one image per mark (the processor writes the marks from its `images`)."
+                )
+            runs = (last[:, 1] - first[:, 1] + 1).tolist()
+            for number, (run, expected) in enumerate(zip(runs, lengths)):
+                if run != expected:
+                    raise ValueError(
+                        f"Picture {number} takes {run} places of {name} in input_ids, but {tensor} says {expected}."
+                    )
+            opened = nn.functional.pad(self.start[:, :-1], (1, 0))[first[:, 0], first[:, 1]]
+            closed = nn.functional.pad(self.end[:, 1:], (0, 1))[last[:, 0], last[:, 1]]
+            if not bool((opened & closed).all()):
+                row, column = first[~(opened & closed)][0].tolist()
+                raise ValueError(
+                    f"The places of {name} from row {row}, column {column} are not enclosed by vision_start_token_id "
+                    "and vision_end_token_id (was the prompt truncated?)."
+                )
+
+
+class _StopGradient(torch.autograd.Function):
+    """Passes values, gives zeros back: released `freeze_und` leaves zero gradients, not absent ones."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.zeros_like(grad)
+
+
+class Routing(NamedTuple):
+    """
+    Which tokens run through which expert. Hidden states are (batch, length, ...) in `order`.
+
+    With tokens of both kinds, `order` holds every token as one row (1, batch * length, ...), understanding first, so
+    that each expert works on one contiguous slice; attention puts them back with `restore`. With text and ViT tokens
+    alone nothing is moved.
+
+    Attributes:
+        order: (batch * length,) flat token indexes, understanding first; `None` = nothing is moved.
+        inverse: the way back.
+        num_und: tokens of the understanding expert along dim 1; `None` = all.
+        shape: (batch, length) before sorting.
+        touch_gen: run the generation expert on its empty slice, so that its parameters take part in the backward pass
+            (their gradients are zero; data-parallel training waits for every parameter).
+        freeze_und: no gradient through the understanding expert.
+    """
+
+    order: torch.LongTensor | None = None
+    inverse: torch.LongTensor | None = None
+    num_und: int | None = None
+    shape: tuple[int, int] | None = None
+    touch_gen: bool = False
+    freeze_und: bool = False
+
+    @classmethod
+    def of(cls, gen: torch.BoolTensor | None) -> "Routing":
+        """`gen` is the layout's column, `None` when it is known to be empty."""
+        if gen is None or (num_gen := int(gen.sum())) == 0:
+            return cls(touch_gen=torch.is_grad_enabled())
+        order = torch.argsort(gen.flatten().to(torch.uint8), stable=True)
+        return cls(order, torch.argsort(order), gen.numel() - num_gen, tuple(gen.shape))
+
+    def sort(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, length, ...) -> (1, batch * length, ...) by expert."""
+        return hidden if self.order is None else hidden.flatten(0, 1)[self.order.to(hidden.device)][None]
+
+    def restore(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The inverse of `sort`."""
+        return hidden if self.order is None else hidden[0][self.inverse.to(hidden.device)].unflatten(0, self.shape)
+
+    def freeze(self, hidden_und: torch.Tensor) -> torch.Tensor:
+        """Stop the gradient of understanding tokens, if `freeze_und`."""
+        return _StopGradient.apply(hidden_und) if self.freeze_und else hidden_und
+
+    def freeze_und_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same for the understanding slice of sorted hidden states."""
+        if not self.freeze_und or self.order is None:
+            return self.freeze(hidden)
+        return torch.cat([self.freeze(hidden[:, : self.num_und]), hidden[:, self.num_und :]], dim=1)
+
+    def run(self, hidden: torch.Tensor, und: nn.Module, gen: nn.Module | None) -> torch.Tensor:
+        """Each expert on its slice. `gen=None` is a module that both kinds share."""
+        if gen is None:
+            return und(hidden)
+        if self.order is None:
+            out = self.freeze(und(hidden))
+            return torch.cat([out, gen(hidden[:, :0])], dim=1) if self.touch_gen else out
+        return torch.cat([self.freeze(und(hidden[:, : self.num_und])), gen(hidden[:, self.num_und :])], dim=1)
+
+
+def check_cover(sequence_length: int, indexes: dict[str, torch.LongTensor | None], device: torch.device) -> None:
+    """
+    Every place of a pack is filled exactly once.
+
+    Raises:
+        ValueError: an index outside the pack, a place filled twice, a place left empty.
+    """
+    filled = torch.zeros(sequence_length, dtype=torch.long, device=device)
+    for name, index in indexes.items():
+        if index is None or index.numel() == 0:
+            continue
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= sequence_length:
+            raise ValueError(f"{name} holds index {low if low < 0 else high}, outside sequence_length={sequence_length}.")
+        filled += torch.bincount(index, minlength=sequence_length)
+    for wrong, word in ((filled > 1, "filled more than once"), (filled == 0, "not filled")):
+        if bool(wrong.any()):
+            place = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"Place {place} of the pack is {word} ({int(wrong.sum())} such places); {', '.join(indexes)} must "
+                f"together hold every index below sequence_length={sequence_length} exactly once."
+            )
+
+
+def _count(advance: torch.LongTensor) -> torch.LongTensor:
+    """Positions from steps: the first step is position 0; places before any step are 0 too."""
+    return (advance.cumsum(1) - 1).clamp(min=0)
+
+
+def _split_attention_mask(
+    attention_mask: torch.Tensor | None, batch_size: int, length: int, past_length: int
+) -> tuple[torch.BoolTensor | None, torch.BoolTensor | None]:
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None, None
+    known = isinstance(past_length, int)  # a static cache may count on the device
+    if attention_mask.shape[0] != batch_size or (known and attention_mask.shape[1] != past_length + length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected ({batch_size}, {past_length + length}): "
+            f"{past_length} cached and {length} new tokens."
+        )
+    mask = attention_mask.bool()
+    return mask[:, -length:], mask[:, :-length] if mask.shape[1] > length else None
+
+
+def _check_splits(split_lens: Sequence[int], attn_modes: Sequence[str], total: int) -> tuple[list[int], list[str]]:
+    lens, modes = [int(n) for n in split_lens], list(attn_modes)
+    if len(lens) != len(modes):
+        raise ValueError(f"{len(lens)} split_lens but {len(modes)} attn_modes; each split has one mode.")
+    if sum(lens) != total:
+        raise ValueError(f"split_lens sum to {sum(lens)}, sample_lens to {total}; both describe the same tokens.")
+    unknown = set(modes) - {"causal", "full", "noise"}
+    if unknown:
+        raise ValueError(f"attn_modes {sorted(unknown)} are unknown; a split is 'causal', 'full' or 'noise'.")
+    return lens, modes
+
+
+def _columns_of_masks(
+    masks: Sequence[torch.Tensor], sample_lens: list[int], device: torch.device
+) -> tuple[torch.LongTensor, torch.BoolTensor, torch.BoolTensor]:
+    """Read spans off dense masks, and check that the rule gives the masks back."""
+    if len(masks) != len(sample_lens):
+        raise ValueError(f"{len(masks)} nested_attention_masks for {len(sample_lens)} sample_lens.")
+    spans, both_ways, hidden, next_span = [], [], [], 0
+    for number, (mask, length) in enumerate(zip(masks, sample_lens)):
+        if mask.shape != (length, length):
+            raise ValueError(
+                f"nested_attention_masks[{number}] has shape {tuple(mask.shape)}, its sample has {length} tokens."
+            )
+        sees = mask.to(device) if mask.dtype == torch.bool else mask.to(device) == 0
+        joined = nn.functional.pad(sees.diagonal(1), (1, 0))  # token k is seen by the one before it: same span
+        span = (~joined).long().cumsum(0) - 1
+        bidirectional = joined | nn.functional.pad(joined[1:], (0, 1))
+        index = torch.arange(length, device=device)
+        later = index[:, None] > index[None]
+        same_span = span[:, None] == span[None]
+        noisy = (later & ~same_span & ~sees).any(0)
+        # a span is noisy as a whole
+        noisy = torch.zeros(length, dtype=torch.bool, device=device).index_put((span,), noisy, accumulate=True)[span]
+        rule = visible(index[:, None], index[None], torch.ones_like(sees), same_span, bidirectional[None], noisy[None])
+        if not torch.equal(rule, sees):
+            q, k = (rule != sees).nonzero()[0].tolist()
+            raise ValueError(
+                f"nested_attention_masks[{number}] cannot be built from causal, full and noise splits: token {q} "
+                f"{'sees' if sees[q, k] else 'does not see'} token {k}. Pass split_lens and attn_modes."
+            )
+        spans.append(span + next_span)
+        next_span += int(span[-1]) + 1 if length else 0
+        both_ways.append(bidirectional)
+        hidden.append(noisy)
+    return torch.cat(spans), torch.cat(both_ways), torch.cat(hidden)

@@ -1,0 +1,903 @@
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""BAGEL: one decoder that reads text and pictures and writes both. Experts, block, model, losses.
+
+Two input vocabularies (transformers' padded batches, the released training packs) become one `PackedLayout` on the
+first lines of `forward`; below it there is one path for training, prefill, decoding and drawing.
+
+Axes: (batch, length, hidden_size); a training pack is a batch of one row. `und` = understanding expert (text and ViT
+tokens), `gen` = generation expert (VAE latents, parameter suffix `_moe_gen`). t = 1 is noise, t = 0 the picture.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .attention_bagel import AttentionPlan, BagelAttention, plan_attention
+from .checkpoint_bagel import check_checkpoint, register_released_vae_names, refuse_missing_weights
+from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVAEConfig
+from .embeddings_bagel import (
+    BagelGridPositionEmbedding,
+    BagelTimestepEmbedding,
+    RotaryEmbedding2D,
+    grid_position_ids,
+)
+from .flow_bagel import interpolate, patchify_latents, training_timesteps, unpatchify_latents, velocity_target
+from .generation_bagel import BagelGenerationMixin
+from .layout_bagel import ImagePlaces, PackedLayout, Routing, check_cover
+from .modeling_siglip_navit import SiglipVisionModel
+
+
+@dataclass
+class BagelOutput(ModelOutput):
+    """
+    Outputs of both vocabularies; what does not apply is `None`.
+
+    Args:
+        loss: scalar. Padded batches: language-model loss of `labels`. Packs:
+            `ce_weight * mean(ce) + mse_weight * mean(mse)`.
+        logits: (batch, kept length, vocab_size); padded batches only.
+        ce: (text labels,) cross-entropy per token; packs only.
+        mse: (learned latent tokens, patch_latent_dim) squared velocity error per element; packs only.
+        last_hidden_state: (batch, length, hidden_size) after the final norm; (length, hidden_size) for packs.
+        past_key_values, hidden_states, attentions: as everywhere in transformers.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    ce: torch.Tensor | None = None
+    mse: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class VitTokens(NamedTuple):
+    """ViT input: `patches` (n, patch_dim), `position_ids` (n,), `grids` per image, `index` (n,) flat places."""
+
+    patches: torch.Tensor
+    position_ids: torch.LongTensor
+    grids: list[tuple[int, int]]
+    index: torch.LongTensor
+
+
+class LatentTokens(NamedTuple):
+    """Latents at time t: `x_t` (n, patch_latent_dim), `t` (n,), `position_ids` (n,), `index` (n,) flat places."""
+
+    x_t: torch.Tensor
+    t: torch.Tensor
+    position_ids: torch.LongTensor
+    index: torch.LongTensor
+
+
+class PaddedPictures(NamedTuple):
+    """The pictures of a padded batch; see `BagelForUnifiedMultimodal.forward` for the fields."""
+
+    pixel_values: torch.Tensor | None = None
+    image_grid_hw: torch.LongTensor | None = None
+    latent_pixel_values: torch.Tensor | None = None
+    latent_image_sizes: torch.LongTensor | None = None
+    sample_posterior: bool = False
+    generator: torch.Generator | list[torch.Generator] | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self.pixel_values is None and self.latent_pixel_values is None
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A training pack in the released vocabulary; see `BagelForUnifiedMultimodal.forward` for the fields."""
+
+    sequence_length: int
+    packed_text_ids: torch.LongTensor
+    packed_text_indexes: torch.LongTensor
+    sample_lens: Sequence[int]
+    packed_position_ids: torch.LongTensor
+    nested_attention_masks: Sequence[torch.Tensor] | None
+    split_lens: Sequence[int] | None
+    attn_modes: Sequence[str] | None
+    packed_vit_tokens: torch.Tensor | None
+    packed_vit_token_indexes: torch.LongTensor | None
+    packed_vit_position_ids: torch.LongTensor | None
+    vit_token_seqlens: torch.Tensor | None
+    padded_latent: torch.Tensor | Sequence[torch.Tensor] | None
+    patchified_vae_latent_shapes: Sequence[tuple[int, int]] | None
+    packed_latent_position_ids: torch.LongTensor | None
+    packed_vae_token_indexes: torch.LongTensor | None
+    packed_timesteps: torch.Tensor | None
+    mse_loss_indexes: torch.Tensor | None
+    ce_loss_indexes: torch.Tensor | None
+    packed_label_ids: torch.LongTensor | None
+    padded_images: torch.Tensor | Sequence[torch.Tensor] | None
+    noise: torch.Tensor | None
+
+    def layout(self) -> PackedLayout:
+        """Check that every place is filled once, then read the columns."""
+        missing = [
+            name
+            for name in ("packed_text_ids", "packed_text_indexes", "sample_lens", "packed_position_ids")
+            if getattr(self, name) is None
+        ]
+        if missing:
+            raise ValueError(f"A pack with sequence_length={self.sequence_length} also needs {', '.join(missing)}.")
+        if len(self.packed_text_ids) != len(self.packed_text_indexes):
+            raise ValueError(
+                f"{len(self.packed_text_ids)} packed_text_ids for {len(self.packed_text_indexes)} packed_text_indexes."
+            )
+        names = ("packed_text_indexes", "packed_vit_token_indexes", "packed_vae_token_indexes")
+        indexes = {name: _as_index(getattr(self, name)) for name in names}
+        check_cover(self.sequence_length, indexes, self.packed_text_ids.device)
+        return PackedLayout.from_packed(
+            self.sequence_length,
+            self.sample_lens,
+            self.packed_position_ids,
+            indexes["packed_vae_token_indexes"],
+            self.split_lens,
+            self.attn_modes,
+            self.nested_attention_masks,
+        )
+
+
+class BagelConnector(nn.Module):
+    """Two-layer MLP from vision features to decoder features."""
+
+    def __init__(self, in_features: int, out_features: int, hidden_act: str):
+        super().__init__()
+        self.activation_fn = ACT2FN[hidden_act]
+        self.fc1 = nn.Linear(in_features, out_features)
+        self.fc2 = nn.Linear(out_features, out_features)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class BagelDecoderLayer(GradientCheckpointingLayer):
+    """
+    A Qwen2 block whose parts may have a sibling for the generation expert.
+
+    `Qwen2DecoderLayer`: no siblings. `Qwen2MoEDecoderLayer`: MLP only. `Qwen2MoTDecoderLayer`: everything.
+    """
+
+    def __init__(self, config: BagelTextConfig, layer_idx: int):
+        super().__init__()
+        mot = config.layer_module == "Qwen2MoTDecoderLayer"
+        moe = mot or config.layer_module == "Qwen2MoEDecoderLayer"
+        self.self_attn = BagelAttention(config, layer_idx, has_gen=mot)
+        self.mlp = Qwen2MLP(config)
+        self.mlp_moe_gen = Qwen2MLP(config) if moe else None
+        self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm_moe_gen = _gen_norm(config, mot)
+        self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm_moe_gen = _gen_norm(config, mot)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        routing: Routing,
+        plan: AttentionPlan,
+        past_key_values: Cache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        normed = routing.run(hidden_states, self.input_layernorm, self.input_layernorm_moe_gen)
+        attended, weights = self.self_attn(normed, position_embeddings, routing, plan, past_key_values)
+        hidden_states = hidden_states + attended
+        normed = routing.run(hidden_states, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen)
+        return hidden_states + routing.run(normed, self.mlp, self.mlp_moe_gen), weights
+
+
+class BagelPreTrainedModel(PreTrainedModel):
+    config: BagelConfig
+    config_class = BagelConfig
+    base_model_prefix = ""
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BagelDecoderLayer", "SiglipEncoderLayer", "AutoencoderKL"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Also fills tables: models are built on the meta device, where constructors compute nothing."""
+        super()._init_weights(module)
+        if isinstance(module, BagelGridPositionEmbedding):
+            init.copy_(module.pos_embed, module.table())
+        elif isinstance(module, RotaryEmbedding2D):
+            for name, table in module.tables().items():
+                init.copy_(getattr(module, name), table)
+        elif isinstance(module, BagelForUnifiedMultimodal) and module.config.visual_gen:
+            init.zeros_(module.llm2vae.weight)  # a fresh model predicts no velocity (released)
+            init.zeros_(module.llm2vae.bias)
+
+
+class BagelTextModel(BagelPreTrainedModel):
+    """Token embeddings, decoder blocks, final norm; takes embeddings and a layout, never ids."""
+
+    config: BagelTextConfig
+    config_class = BagelTextConfig
+
+    def __init__(self, config: BagelTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([BagelDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm_moe_gen = _gen_norm(config, config.layer_module != "Qwen2DecoderLayer")
+        self.rotary_emb = Qwen2RotaryEmbedding(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        layout: PackedLayout,
+        plan: AttentionPlan,
+        past_key_values: Cache | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BaseModelOutputWithPast:
+        """(batch, length, hidden_size) -> the same after the final norm, in the order of the layout."""
+        routing = layout.routing._replace(freeze_und=self.config.freeze_und)
+        position_embeddings = self.rotary_emb(inputs_embeds, layout.position_ids)
+        hidden_states = routing.freeze_und_tokens(routing.sort(inputs_embeds))
+        all_states, all_weights = [], []
+        for layer in self.layers:
+            all_states.append(hidden_states)
+            hidden_states, weights = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                routing=routing,
+                plan=plan,
+                past_key_values=past_key_values,
+            )
+            all_weights.append(weights)
+        hidden_states = routing.restore(routing.run(hidden_states, self.norm, self.norm_moe_gen))
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*map(routing.restore, all_states), hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+        )
+
+
+class BagelLanguageModel(nn.Module):
+    """The released tree: `language_model.model` and `language_model.lm_head`."""
+
+    def __init__(self, config: BagelTextConfig):
+        super().__init__()
+        self.model = BagelTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
+    """
+    The whole model: reads text and pictures, writes text (`generate`) and pictures (`generation_mode="image"`).
+
+    Parameter names and shapes are those of the released `ema.safetensors`; the VAE stands under `vae` with the names of
+    `diffusers.AutoencoderKL`. It is built for `visual_gen` only, always frozen, and the one part that needs diffusers.
+    """
+
+    output_modalities = ("text", "image")
+    _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: BagelConfig):
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"
+        text = config.text_config
+        self.language_model = BagelLanguageModel(text)
+        if config.visual_gen:
+            self.time_embedder = BagelTimestepEmbedding(text.hidden_size)
+            self.vae2llm = nn.Linear(config.patch_latent_dim, text.hidden_size)
+            self.llm2vae = nn.Linear(text.hidden_size, config.patch_latent_dim)
+            self.latent_pos_embed = BagelGridPositionEmbedding(config.max_latent_size, text.hidden_size)
+            self.vae = build_vae(config.vae_config)
+        if config.visual_und:
+            vision = config.vision_config
+            self.vit_model = SiglipVisionModel(vision, config.num_vit_layers)
+            self.vit_model.vision_model.embeddings.convert_conv2d_to_linear()
+            self.connector = BagelConnector(vision.hidden_size, text.hidden_size, config.connector_act)
+            self.vit_pos_embed = BagelGridPositionEmbedding(config.vit_max_num_patch_per_side, text.hidden_size)
+        self.post_init()
+        self.freeze_vae()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """
+        As everywhere in transformers, and strict: tensors that are missing, misshapen or not of this model are an error
+        that names them, before anything large is read.
+
+        Raises:
+            OSError: the folder holds no safetensors weights (pickles are refused), or a truncated file.
+            ValueError: tensors are missing, have another shape, or belong to another model.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        config, kwargs = check_checkpoint(cls, pretrained_model_name_or_path, config, kwargs)
+        register_released_vae_names(cls.__name__, config.vae_config)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+        )
+        refuse_missing_weights(model, pretrained_model_name_or_path, info, kwargs)
+        model.freeze_vae()
+        return (model, info) if want_info else model
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """
+        As everywhere in transformers. The VAE is written under its module names (`save_original_format=False`), so that
+        a checkpoint of the stock `Trainer` resumes; `convert_bagel.py export` writes the released layout.
+        """
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    def freeze_vae(self) -> None:
+        """The VAE is never trained; loading turns `requires_grad` back on, so this is called after it."""
+        if self.config.visual_gen:
+            self.vae.requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.lm_head = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.model
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_hw: torch.LongTensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        What the decoder reads of pictures.
+
+        Args:
+            pixel_values: (patches, patch_dim) of all images. image_grid_hw: (images, 2) rows and columns of patches.
+
+        Returns:
+            `last_hidden_state` (patches, vision hidden_size) of the tower; `pooler_output` per image (rows * columns,
+            hidden_size) after connector and position table.
+        """
+        pictures = PaddedPictures(pixel_values, image_grid_hw)
+        grids = self._vit_grids(pictures)
+        seen, features = self._read_patches(pixel_values, self._vit_position_ids(grids, pixel_values.device), grids)
+        lengths = [rows * columns for rows, columns in grids]
+        return BaseModelOutputWithPooling(last_hidden_state=seen, pooler_output=features.split(lengths))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        # pictures of a padded batch
+        pixel_values: torch.Tensor | None = None,
+        image_grid_hw: torch.LongTensor | None = None,
+        latent_pixel_values: torch.Tensor | None = None,
+        latent_image_sizes: torch.LongTensor | None = None,
+        sample_posterior: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        # a training pack
+        sequence_length: int | None = None,
+        packed_text_ids: torch.LongTensor | None = None,
+        packed_text_indexes: torch.LongTensor | None = None,
+        sample_lens: list[int] | None = None,
+        packed_position_ids: torch.LongTensor | None = None,
+        nested_attention_masks: list[torch.Tensor] | None = None,
+        split_lens: list[int] | None = None,
+        attn_modes: list[str] | None = None,
+        packed_vit_tokens: torch.Tensor | None = None,
+        packed_vit_token_indexes: torch.LongTensor | None = None,
+        packed_vit_position_ids: torch.LongTensor | None = None,
+        vit_token_seqlens: torch.Tensor | None = None,
+        padded_latent: torch.Tensor | None = None,
+        patchified_vae_latent_shapes: list[tuple[int, int]] | None = None,
+        packed_latent_position_ids: torch.LongTensor | None = None,
+        packed_vae_token_indexes: torch.LongTensor | None = None,
+        packed_timesteps: torch.Tensor | None = None,
+        mse_loss_indexes: torch.Tensor | None = None,
+        ce_loss_indexes: torch.Tensor | None = None,
+        packed_label_ids: torch.LongTensor | None = None,
+        ce_loss_weights: torch.Tensor | None = None,
+        padded_images: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> BagelOutput:
+        r"""
+        Two vocabularies; `sequence_length` decides which.
+
+        A padded batch (generation, evaluation, everything that expects a normal model):
+            input_ids: (batch, length); pictures are marked by runs of `image_token_id` (ViT) and `latent_token_id`
+                (VAE) between vision_start and vision_end. attention_mask: (batch, past + length), 0 = padding.
+            inputs_embeds: (batch, length, hidden_size), text only.
+            labels: (batch, length), -100 = ignored; shifted here.
+            pixel_values: (ViT patches of the batch, patch_dim). image_grid_hw: (ViT images, 2) in patches.
+            latent_pixel_values: (VAE images, 3, H, W) in [-1, 1], zero-padded to the largest. latent_image_sizes:
+                (VAE images, 2) height and width in pixels; each image is encoded at its own size.
+            sample_posterior: sample the VAE posterior with `generator` (one, or one per row) instead of its mode.
+
+        A training pack (names and meaning of the released data pipeline):
+            sequence_length: tokens. packed_text_ids, packed_text_indexes: (text tokens,). sample_lens: tokens of each
+                sample. packed_position_ids: (sequence_length,). split_lens, attn_modes: spans and their kind
+                ("causal", "full", "noise"), or nested_attention_masks: one (n, n) mask per sample.
+            packed_vit_tokens: (ViT tokens, patch_dim). packed_vit_token_indexes, packed_vit_position_ids:
+                (ViT tokens,). vit_token_seqlens: (ViT images,).
+            padded_latent: (VAE images, z_channels, h, w) encoded and scaled, or padded_images: (VAE images, 3, H, W)
+                in [-1, 1], which the frozen VAE encodes. patchified_vae_latent_shapes: (h, w) in tokens per image.
+            packed_latent_position_ids, packed_vae_token_indexes: (latent tokens,). packed_timesteps: (latent tokens,)
+                before the sigmoid, minus infinity = clean. noise: (latent tokens, patch_latent_dim), drawn if absent.
+            ce_loss_indexes, packed_label_ids: (labels,) where cross-entropy is taken, and its targets.
+            mse_loss_indexes: (learned latent tokens,). ce_loss_weights: accepted, not used: `ce` is per token.
+
+        Returns:
+            [`BagelOutput`].
+
+        Raises:
+            ValueError: inputs that contradict each other; the message says which and by how much.
+        """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        recording = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        if sequence_length is not None:
+            pack = PackedBatch(
+                sequence_length=int(sequence_length),
+                packed_text_ids=packed_text_ids,
+                packed_text_indexes=packed_text_indexes,
+                sample_lens=sample_lens,
+                packed_position_ids=packed_position_ids,
+                nested_attention_masks=nested_attention_masks,
+                split_lens=split_lens,
+                attn_modes=attn_modes,
+                packed_vit_tokens=packed_vit_tokens,
+                packed_vit_token_indexes=packed_vit_token_indexes,
+                packed_vit_position_ids=packed_vit_position_ids,
+                vit_token_seqlens=vit_token_seqlens,
+                padded_latent=padded_latent,
+                patchified_vae_latent_shapes=patchified_vae_latent_shapes,
+                packed_latent_position_ids=packed_latent_position_ids,
+                packed_vae_token_indexes=packed_vae_token_indexes,
+                packed_timesteps=packed_timesteps,
+                mse_loss_indexes=mse_loss_indexes,
+                ce_loss_indexes=ce_loss_indexes,
+                packed_label_ids=packed_label_ids,
+                padded_images=padded_images,
+                noise=noise,
+            )
+            return self._forward_pack(pack, generator, recording)
+
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds (or a training pack with sequence_length).")
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        pictures = PaddedPictures(
+            pixel_values, image_grid_hw, latent_pixel_values, latent_image_sizes, sample_posterior, generator
+        )
+        if inputs_embeds is not None:
+            if not pictures.empty:
+                raise ValueError("inputs_embeds cannot say where pictures go; pass input_ids with the pictures.")
+            shape, device = inputs_embeds.shape[:2], inputs_embeds.device
+            layout = PackedLayout.text(*shape, attention_mask, position_ids, past_length, device)
+        elif pictures.empty:
+            layout = PackedLayout.text(*input_ids.shape, attention_mask, position_ids, past_length, input_ids.device)
+            inputs_embeds = self._embed(self._text_only(input_ids), None, None)
+        else:
+            places = self.image_places(input_ids)
+            layout = PackedLayout.from_input_ids(places, attention_mask, position_ids, past_length)
+            vit, latents = self._read_pictures(pictures, places)
+            inputs_embeds = self._embed(input_ids.masked_fill(places.image | places.latent, 0), vit, latents)
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        output = self._decode(inputs_embeds, layout, attention_mask, past_key_values if use_cache else None, **recording)
+        hidden_states = output.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.language_model.lm_head(hidden_states[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+        return BagelOutput(
+            loss=loss,
+            logits=logits,
+            last_hidden_state=hidden_states,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def predict_velocity(
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        layout: PackedLayout,
+        position_ids: torch.LongTensor,
+        past_key_values,
+        plan: AttentionPlan | None = None,
+    ) -> torch.Tensor:
+        """
+        One evaluation of the velocity field for pictures that are being drawn.
+
+        Args:
+            latents: (batch, latent tokens, patch_latent_dim) x_t, padded to the largest picture.
+            t: scalar time, 1 = noise.
+            layout: `PackedLayout.noisy_blocks`. position_ids: (batch, latent tokens) places in the latent table.
+            past_key_values: the context, usually a `FrozenContext`.
+            plan: the layout's attention plan, to make it once for all steps.
+
+        Returns:
+            Velocity, like `latents`; padding is undefined.
+        """
+        index = layout.gen.flatten().nonzero()[:, 0]
+        valid = layout.gen[:, 1 : 1 + latents.shape[1]]  # latents follow vision_start
+        tokens = LatentTokens(latents[valid], t.expand(len(index)), position_ids[valid], index)
+        ids = torch.full(layout.gen.shape, self.config.vision_end_token_id, device=latents.device)
+        ids[:, 0] = self.config.vision_start_token_id
+        inputs_embeds = self._embed(ids, None, tokens)
+        plan = plan or plan_attention(self.config.text_config, layout, inputs_embeds)
+        output = self.language_model.model(inputs_embeds, layout, plan, past_key_values)
+        velocity = self.llm2vae(output.last_hidden_state.flatten(0, 1)[index])
+        return latents.new_zeros(latents.shape).masked_scatter(valid[..., None], velocity.to(latents.dtype))
+
+    # ---- pictures
+
+    @torch.no_grad()
+    def encode_images(
+        self,
+        images: Sequence[torch.Tensor],
+        sample_posterior: bool = True,
+        generators: Sequence[torch.Generator | None] | None = None,
+    ) -> list[torch.Tensor]:
+        """
+        Pictures through the VAE, each at its own size.
+
+        Args:
+            images: (3, height, width) in [-1, 1], sides multiples of `latent_downsample`.
+            sample_posterior: sample (released) or take the mode.
+            generators: one per image; noise is drawn on the CPU.
+
+        Returns:
+            Per image (height / 16 * width / 16, patch_latent_dim) for the released model, scaled and shifted.
+        """
+        vae, vae_config = self.vae, self.config.vae_config
+        tokens = []
+        for number, image in enumerate(images):
+            posterior = vae.encode(image[None].to(device=vae.device, dtype=vae.dtype)).latent_dist
+            latents = posterior.mode()
+            if sample_posterior:
+                generator = generators[number] if generators is not None else None
+                eps = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float32)
+                latents = posterior.mean + posterior.std * eps.to(device=latents.device, dtype=latents.dtype)
+            latents = vae_config.scale_factor * (latents - vae_config.shift_factor)
+            tokens.append(patchify_latents(latents[0], self.config.latent_patch_size))
+        return tokens
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(latent tokens, patch_latent_dim) and its (rows, columns) -> (3, height, width) in about [-1, 1], float32."""
+        vae_config = self.config.vae_config
+        z = unpatchify_latents(latents, grid, self.config.latent_patch_size)[None]
+        z = z / vae_config.scale_factor + vae_config.shift_factor
+        return self.vae.decode(z.to(device=self.vae.device, dtype=self.vae.dtype)).sample[0].float()
+
+    def _read_pictures(
+        self, pictures: PaddedPictures, places: ImagePlaces
+    ) -> tuple[VitTokens | None, LatentTokens | None]:
+        """Pictures of a padded batch, in the order of their places; what does not fit is refused here."""
+        grids, sizes = self._vit_grids(pictures), self._latent_sizes(pictures)
+        latent_grids = [self.latent_grid(*size) for size in sizes]
+        places.check([rows * columns for rows, columns in grids], [rows * columns for rows, columns in latent_grids])
+        vit = latents = None
+        if grids:
+            index = places.image.flatten().nonzero()[:, 0]
+            vit = VitTokens(pictures.pixel_values, self._vit_position_ids(grids, index.device), grids, index)
+        if sizes:
+            index = places.latent.flatten().nonzero()[:, 0]
+            images = [
+                image[:, :height, :width] for image, (height, width) in zip(pictures.latent_pixel_values, sizes)
+            ]
+            generators = None
+            if pictures.generator is not None:
+                first = places.latent & ~nn.functional.pad(places.latent[:, :-1], (1, 0))
+                generators = [
+                    pictures.generator[row] if isinstance(pictures.generator, list | tuple) else pictures.generator
+                    for row in first.nonzero()[:, 0].tolist()
+                ]
+            clean = torch.cat(self.encode_images(images, pictures.sample_posterior, generators)).to(index.device)
+            position_ids = torch.cat([self.latent_position_ids(*grid) for grid in latent_grids]).to(index.device)
+            latents = LatentTokens(clean, torch.zeros(len(clean), device=index.device), position_ids, index)
+        return vit, latents
+
+    def _vit_grids(self, pictures: PaddedPictures) -> list[tuple[int, int]]:
+        if pictures.pixel_values is None:
+            return []
+        if not self.config.visual_und:
+            raise ValueError("This model was built with visual_und=False: it has no vision tower to read pictures with.")
+        if pictures.image_grid_hw is None:
+            raise ValueError("pixel_values need image_grid_hw: (ViT images, 2) rows and columns of patches.")
+        grids = [(int(rows), int(columns)) for rows, columns in pictures.image_grid_hw.tolist()]
+        patch_dim = self.config.vision_config.patch_dim
+        described, shape = sum(rows * columns for rows, columns in grids), tuple(pictures.pixel_values.shape)
+        if shape != (described, patch_dim):
+            raise ValueError(
+                f"image_grid_hw {grids} describes {described} patches of {patch_dim} values, but pixel_values has shape "
+                f"{shape}."
+            )
+        return grids
+
+    def _vit_position_ids(self, grids: list[tuple[int, int]], device: torch.device) -> torch.LongTensor:
+        side, interpolate_pos = self.config.vit_max_num_patch_per_side, self.config.interpolate_pos
+        return torch.cat([grid_position_ids(*grid, side, interpolate_pos) for grid in grids]).to(device)
+
+    def _latent_sizes(self, pictures: PaddedPictures) -> list[tuple[int, int]]:
+        if pictures.latent_pixel_values is None:
+            return []
+        self.require_visual_gen("read pictures through the VAE")
+        if pictures.latent_image_sizes is None:
+            raise ValueError("latent_pixel_values need latent_image_sizes: (VAE images, 2) heights and widths in pixels.")
+        sizes = [(int(height), int(width)) for height, width in pictures.latent_image_sizes.tolist()]
+        if len(sizes) != len(pictures.latent_pixel_values):
+            raise ValueError(
+                f"latent_image_sizes describes {len(sizes)} pictures, latent_pixel_values holds "
+                f"{len(pictures.latent_pixel_values)}."
+            )
+        return sizes
+
+    def latent_grid(self, height: int, width: int) -> tuple[int, int]:
+        """
+        (rows, columns) of latent tokens of a picture.
+
+        Raises:
+            ValueError: a side that is no multiple of `latent_downsample`, or more tokens than the latent table has.
+        """
+        stride, side = self.config.latent_downsample, self.config.max_latent_size
+        for name, size in (("height", height), ("width", width)):
+            if size <= 0 or size % stride:
+                nearest = max(round(size / stride), 1) * stride
+                raise ValueError(f"{name}={size} must be a positive multiple of {stride}; the nearest is {nearest}.")
+            if size // stride > side and not self.config.interpolate_pos:
+                raise ValueError(
+                    f"{name}={size} needs {size // stride} latent tokens per side, max_latent_size={side} allows "
+                    f"{side * stride} pixels. Use a smaller picture or interpolate_pos=True."
+                )
+        return height // stride, width // stride
+
+    def latent_position_ids(self, rows: int, columns: int) -> torch.LongTensor:
+        return grid_position_ids(rows, columns, self.config.max_latent_size, self.config.interpolate_pos)
+
+    def require_visual_gen(self, what: str) -> None:
+        if not self.config.visual_gen:
+            raise ValueError(
+                f"This model was built with visual_gen=False (stage 1): it cannot {what}. Load the joint model "
+                "(stage=2) for that."
+            )
+
+    # ---- tokens to features
+
+    def _read_patches(
+        self, patches: torch.Tensor, position_ids: torch.LongTensor, grids: list[tuple[int, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> (patches, vision hidden_size) of the tower, (patches, hidden_size) for the decoder."""
+        lengths = torch.tensor([rows * columns for rows, columns in grids], device=patches.device)
+        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        weight = self.connector.fc1.weight
+        seen = self.vit_model(patches.to(weight.dtype), position_ids, cu_seqlens).last_hidden_state
+        features = self.connector(seen)
+        return seen, features + self.vit_pos_embed(position_ids).to(features)
+
+    def _embed(
+        self, text_ids: torch.LongTensor, vit: VitTokens | None, latents: LatentTokens | None
+    ) -> torch.Tensor:
+        """(batch, length) ids, of which picture places are overwritten -> (batch, length, hidden_size)."""
+        embeds = self.get_input_embeddings()(text_ids)
+        flat = embeds.flatten(0, 1)
+        if vit is not None:
+            _, features = self._read_patches(vit.patches, vit.position_ids, vit.grids)
+            flat = flat.index_copy(0, vit.index, features.to(flat))
+        if latents is not None:
+            features = self.vae2llm(latents.x_t.to(self.vae2llm.weight.dtype)) + self.time_embedder(latents.t)
+            features = features + self.latent_pos_embed(latents.position_ids).to(features)
+            flat = flat.index_copy(0, latents.index, features.to(flat))
+        return flat.unflatten(0, text_ids.shape)
+
+    def _text_only(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """Refuse picture places without pictures; in a compiled or single-token step they are only kept off the table."""
+        config = self.config
+        is_place = (input_ids == config.image_token_id) | (input_ids == config.latent_token_id)
+        if not torch.compiler.is_compiling() and input_ids.shape[1] > 1 and bool(is_place.any()):
+            self.image_places(input_ids).check([], [])
+        return input_ids.masked_fill(is_place, 0)
+
+    def image_places(self, input_ids: torch.LongTensor) -> ImagePlaces:
+        """Where pictures stand in `input_ids`."""
+        config = self.config
+        return ImagePlaces.of(
+            input_ids,
+            config.image_token_id,
+            config.latent_token_id,
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        )
+
+    def _decode(
+        self, inputs_embeds, layout: PackedLayout, attention_mask, past_key_values, **recording
+    ) -> BaseModelOutputWithPast:
+        plan = plan_attention(self.config.text_config, layout, inputs_embeds, attention_mask, past_key_values)
+        return self.language_model.model(inputs_embeds, layout, plan, past_key_values, **recording)
+
+    # ---- training packs
+
+    def _forward_pack(self, pack: PackedBatch, generator, recording: dict[str, bool]) -> BagelOutput:
+        layout = pack.layout()
+        text_ids = pack.packed_text_ids.new_zeros(pack.sequence_length)
+        text_ids[pack.packed_text_indexes] = pack.packed_text_ids
+        flow = self._noised_latents(pack, generator)
+        inputs_embeds = self._embed(text_ids[None], self._packed_vit(pack), flow.tokens if flow else None)
+        output = self._decode(inputs_embeds, layout, None, None, **recording)
+        hidden_states = output.last_hidden_state[0]
+        ce, mse = self._text_errors(pack, hidden_states), self._velocity_errors(pack, hidden_states, flow)
+        losses = [
+            weight * error.mean()
+            for weight, error in ((self.config.ce_weight, ce), (self.config.mse_weight, mse))
+            if error is not None
+        ]
+        return BagelOutput(
+            loss=sum(losses) if losses else None,
+            ce=ce,
+            mse=mse,
+            last_hidden_state=hidden_states,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def _packed_vit(self, pack: PackedBatch) -> VitTokens | None:
+        index = _as_index(pack.packed_vit_token_indexes)
+        if index is None:
+            return None
+        if not self.config.visual_und:
+            raise ValueError("The pack holds ViT tokens, but this model was built with visual_und=False.")
+        if pack.packed_vit_tokens is None or pack.vit_token_seqlens is None or pack.packed_vit_position_ids is None:
+            raise ValueError(
+                "packed_vit_token_indexes need packed_vit_tokens, packed_vit_position_ids and vit_token_seqlens."
+            )
+        lengths = [int(n) for n in pack.vit_token_seqlens]
+        counts = {len(index), len(pack.packed_vit_tokens), len(pack.packed_vit_position_ids), sum(lengths)}
+        if len(counts) != 1:
+            raise ValueError(
+                f"The pack has {len(index)} packed_vit_token_indexes, {len(pack.packed_vit_tokens)} packed_vit_tokens, "
+                f"{len(pack.packed_vit_position_ids)} packed_vit_position_ids and vit_token_seqlens {lengths}; all must "
+                "count the same tokens."
+            )
+        grids = [(1, length) for length in lengths]  # positions come with the pack; only the lengths matter
+        return VitTokens(pack.packed_vit_tokens, pack.packed_vit_position_ids, grids, index)
+
+    def _noised_latents(self, pack: PackedBatch, generator) -> "NoisedLatents | None":
+        """Clean latents of the pack, brought to their timesteps."""
+        index = _as_index(pack.packed_vae_token_indexes)
+        if index is None:
+            return None
+        self.require_visual_gen("train on latents")
+        shapes = [(int(h), int(w)) for h, w in pack.patchified_vae_latent_shapes]
+        patch = self.config.latent_patch_size
+        if pack.padded_latent is not None:
+            crops = [x[:, : h * patch, : w * patch] for x, (h, w) in zip(pack.padded_latent, shapes)]
+            clean = torch.cat([patchify_latents(crop, patch) for crop in crops])
+        elif pack.padded_images is not None:
+            stride = self.config.latent_downsample
+            images = [x[:, : h * stride, : w * stride] for x, (h, w) in zip(pack.padded_images, shapes)]
+            clean = torch.cat(self.encode_images(images, True, [generator] * len(images)))
+        else:
+            raise ValueError("packed_vae_token_indexes need padded_latent, or padded_images for the model's own VAE.")
+        clean = clean.to(device=index.device, dtype=torch.float32)
+        if len(clean) != len(index) or len(pack.packed_timesteps) != len(index):
+            raise ValueError(
+                f"The pack has {len(index)} packed_vae_token_indexes, latents of {len(clean)} tokens "
+                f"(patchified_vae_latent_shapes {shapes}) and {len(pack.packed_timesteps)} packed_timesteps; all must "
+                "count the same tokens."
+            )
+        noise = torch.randn_like(clean) if pack.noise is None else pack.noise.to(clean)
+        t = training_timesteps(pack.packed_timesteps, self.config.timestep_shift)
+        x_t = interpolate(clean, noise, t[:, None])
+        tokens = LatentTokens(x_t, t, pack.packed_latent_position_ids, index)
+        return NoisedLatents(tokens, velocity_target(clean, noise))
+
+    def _text_errors(self, pack: PackedBatch, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        index = _as_index(pack.ce_loss_indexes)
+        if index is None:
+            return None
+        if pack.packed_label_ids is None or len(pack.packed_label_ids) != len(index):
+            labels = 0 if pack.packed_label_ids is None else len(pack.packed_label_ids)
+            raise ValueError(f"{len(index)} ce_loss_indexes for {labels} packed_label_ids.")
+        logits = self.language_model.lm_head(hidden_states[index])
+        return nn.functional.cross_entropy(logits.float(), pack.packed_label_ids, reduction="none")
+
+    def _velocity_errors(
+        self, pack: PackedBatch, hidden_states: torch.Tensor, flow: "NoisedLatents | None"
+    ) -> torch.Tensor | None:
+        index = _as_index(pack.mse_loss_indexes)
+        if index is None or flow is None:
+            return None
+        target = flow.velocity[flow.tokens.t > 0]
+        if len(target) != len(index):
+            raise ValueError(
+                f"{len(index)} mse_loss_indexes, but {len(target)} latent tokens have a timestep above 0; both must name "
+                "the same tokens, in the same order."
+            )
+        return (self.llm2vae(hidden_states[index]).float() - target) ** 2
+
+
+class NoisedLatents(NamedTuple):
+    """Latent tokens at their timesteps, and the velocity the model should predict there."""
+
+    tokens: LatentTokens
+    velocity: torch.Tensor
+
+
+def build_vae(config: BagelVAEConfig) -> nn.Module:
+    """`diffusers.AutoencoderKL` with the architecture of the released autoencoder."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ImportError(
+            "Drawing pictures needs diffusers (`pip install diffusers`). Without it, load with stage=1 to read only."
+        ) from error
+    levels = len(config.ch_mult)
+    return AutoencoderKL(
+        in_channels=config.in_channels,
+        out_channels=config.out_ch,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.ch * multiplier for multiplier in config.ch_mult),
+        layers_per_block=config.num_res_blocks,
+        latent_channels=config.z_channels,
+        norm_num_groups=math.gcd(32, config.ch),
+        sample_size=config.resolution,
+        scaling_factor=config.scale_factor,
+        shift_factor=config.shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def _gen_norm(config: BagelTextConfig, present: bool) -> nn.Module | None:
+    return Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if present else None
+
+
+def _as_index(index: torch.Tensor | None) -> torch.LongTensor | None:
+    """Released packs give indexes, bool masks or an empty float tensor; `None` = nothing there."""
+    if index is None or index.numel() == 0:
+        return None
+    index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
+    return index if index.numel() else None
+
+
+BagelForUnifiedMultimodal.register_for_auto_class("AutoModel")  # the others are in the config's auto_map
+
+__all__ = ["BagelForUnifiedMultimodal", "BagelOutput", "BagelPreTrainedModel", "BagelTextModel", "build_vae"]

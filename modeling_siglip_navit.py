@@ -1,0 +1,272 @@
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The vision tower: SigLIP over packed patches of several images of any grid. Knows no text and no other tower.
+
+Axes: (patches, features), images one after the other, `cu_seqlens` marking where each begins.
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.qwen2.modeling_qwen2 import rotate_half
+from transformers.utils.generic import is_flash_attention_requested
+
+from .configuration_bagel import BagelVisionConfig
+from .embeddings_bagel import RotaryEmbedding2D
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bidirectional attention within one image: the definition that every kernel is compared with."""
+    weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class SiglipVisionEmbeddings(nn.Module):
+    """
+    Patch projection plus the learned position table (absent with `config.rope`).
+
+    Built as the convolution that SigLIP checkpoints store. BAGEL checkpoints store the equal linear layer on flattened
+    patches, features (row, column, channel): `convert_conv2d_to_linear` makes it, before or after loading.
+    """
+
+    def __init__(self, config: BagelVisionConfig):
+        super().__init__()
+        self.config = config
+        size = config.patch_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
+        if not config.rope:
+            self.position_embedding = nn.Embedding((config.image_size // size) ** 2, config.hidden_size)
+
+    def convert_conv2d_to_linear(self, config: BagelVisionConfig | None = None, meta: bool = False) -> None:
+        """Replace the convolution by the linear layer that computes the same; `meta` leaves its weights unset."""
+        conv = self.patch_embedding
+        if isinstance(conv, nn.Linear):
+            return
+        config = config or self.config
+        device = "meta" if meta else conv.weight.device
+        linear = nn.Linear(config.patch_dim, config.hidden_size, device=device, dtype=conv.weight.dtype)
+        if device != "meta":
+            with torch.no_grad():
+                linear.weight.copy_(_flat_patch_weight(conv))
+                linear.bias.copy_(conv.bias)
+        self.patch_embedding = linear
+
+    def forward(self, packed_pixel_values: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
+        projection = self.patch_embedding
+        if isinstance(projection, nn.Conv2d):
+            embeddings = nn.functional.linear(packed_pixel_values, _flat_patch_weight(projection), projection.bias)
+        else:
+            embeddings = projection(packed_pixel_values)
+        return embeddings if self.config.rope else embeddings + self.position_embedding(position_ids)
+
+
+def _flat_patch_weight(conv: nn.Conv2d) -> torch.Tensor:
+    """(out, channels, p, q) -> (out, p * q * channels)."""
+    return conv.weight.permute(0, 2, 3, 1).flatten(1)
+
+
+class SiglipAttention(nn.Module):
+    """Bidirectional attention inside each image of the pack."""
+
+    def __init__(self, config: BagelVisionConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.num_key_value_groups = 1
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cu_seqlens: torch.IntTensor,
+        lengths: list[int],
+        max_seqlen: int,
+        rotary: tuple[torch.Tensor, ...] | None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        query, key, value = (
+            proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (patches, heads, head_dim)
+        if rotary is not None:
+            query, key = (_rotate_2d(x, rotary) for x in (query, key))
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, patches, head_dim)
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        options = {
+            "dropout": self.attention_dropout if self.training else 0.0,
+            "scaling": self.scaling,
+            "is_causal": False,
+        }
+        if is_flash_attention_requested(self.config):
+            output, weights = kernel(
+                self,
+                query,
+                key,
+                value,
+                None,
+                cu_seq_lens_q=cu_seqlens,
+                cu_seq_lens_k=cu_seqlens,
+                max_length_q=max_seqlen,
+                max_length_k=max_seqlen,
+                **options,
+            )
+            return self.out_proj(output[0].flatten(1)), [weights]
+        images = [x.split(lengths, dim=2) for x in (query, key, value)]
+        attended = [kernel(self, q, k, v, None, **options) for q, k, v in zip(*images)]
+        output = torch.cat([output for output, _ in attended], dim=1)[0]  # (patches, heads, head_dim)
+        return self.out_proj(output.flatten(1)), [weights for _, weights in attended]
+
+
+class SiglipMLP(nn.Module):
+    def __init__(self, config: BagelVisionConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class SiglipEncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: BagelVisionConfig):
+        super().__init__()
+        self.self_attn = SiglipAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SiglipMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attended, _ = self.self_attn(self.layer_norm1(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class SiglipEncoder(nn.Module):
+    def __init__(self, config: BagelVisionConfig, num_hidden_layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList([SiglipEncoderLayer(config) for _ in range(num_hidden_layers)])
+
+
+class SiglipVisionTransformer(nn.Module):
+    def __init__(self, config: BagelVisionConfig, num_hidden_layers: int):
+        super().__init__()
+        self.config = config
+        self.embeddings = SiglipVisionEmbeddings(config)
+        if config.rope:
+            side = config.image_size // config.patch_size
+            self.rope = RotaryEmbedding2D(config.hidden_size // config.num_attention_heads // 2, side, side)
+        self.encoder = SiglipEncoder(config, num_hidden_layers)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        packed_pixel_values: torch.Tensor,
+        packed_flattened_position_ids: torch.LongTensor,
+        cu_seqlens: torch.IntTensor,
+        max_seqlen: int | None = None,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutput:
+        lengths = cu_seqlens.diff().tolist()
+        if sum(lengths) != packed_pixel_values.shape[0]:
+            raise ValueError(
+                f"cu_seqlens describes {sum(lengths)} patches in {len(lengths)} images, packed_pixel_values holds "
+                f"{packed_pixel_values.shape[0]}."
+            )
+        hidden_states = self.embeddings(packed_pixel_values, packed_flattened_position_ids)
+        states = [hidden_states]
+        for layer in self.encoder.layers:
+            hidden_states = layer(
+                hidden_states,
+                cu_seqlens=cu_seqlens.to(torch.int32),
+                lengths=lengths,
+                max_seqlen=max_seqlen or max(lengths, default=0),
+                rotary=self.rope(packed_flattened_position_ids) if self.config.rope else None,
+            )
+            states.append(hidden_states)
+        return BaseModelOutput(
+            last_hidden_state=self.post_layernorm(hidden_states),
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+
+class SiglipVisionModel(PreTrainedModel):
+    """
+    The tower as BAGEL stores it, under `vit_model`.
+
+    Args:
+        config (`BagelVisionConfig`): the tower. Its layer count is that of the whole SigLIP checkpoint.
+        num_hidden_layers (`int`, *optional*): how many layers to build; all of them by default. BAGEL passes
+            `BagelConfig.num_vit_layers`.
+    """
+
+    config: BagelVisionConfig
+    config_class = BagelVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "packed_pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SiglipEncoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: BagelVisionConfig, num_hidden_layers: int | None = None):
+        super().__init__(config)
+        self.vision_model = SiglipVisionTransformer(config, num_hidden_layers or config.num_hidden_layers)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.embeddings.patch_embedding
+
+    def forward(
+        self,
+        packed_pixel_values: torch.Tensor,
+        packed_flattened_position_ids: torch.LongTensor,
+        cu_seqlens: torch.IntTensor,
+        max_seqlen: int | None = None,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutput:
+        """
+        Args:
+            packed_pixel_values: (patches, patch * patch * 3), all images one after the other, rows of patches in order.
+            packed_flattened_position_ids: (patches,) row * side of the table + column.
+            cu_seqlens: (images + 1,) where each image begins, and the end.
+            max_seqlen: patches of the largest image.
+
+        Returns:
+            `BaseModelOutput` with `last_hidden_state` (patches, hidden_size) after the final norm.
+        """
+        return self.vision_model(
+            packed_pixel_values, packed_flattened_position_ids, cu_seqlens, max_seqlen, output_hidden_states
+        )
+
+
+def convert_conv2d_to_linear(model: SiglipVisionModel, config: BagelVisionConfig | None = None, meta: bool = False) -> None:
+    """Turn the convolutional patch embedding of a loaded SigLIP tower into the linear one of BAGEL, in place."""
+    model.vision_model.embeddings.convert_conv2d_to_linear(config, meta)
+
+
+def _rotate_2d(x: torch.Tensor, rotary: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """(patches, heads, head_dim): the first half turns with the row, the second with the column."""
+    cos_h, sin_h, cos_w, sin_w = (table[:, None].to(x.dtype) for table in rotary)
+    by_row, by_column = x.chunk(2, dim=-1)
+    return torch.cat(
+        [by_row * cos_h + rotate_half(by_row) * sin_h, by_column * cos_w + rotate_half(by_column) * sin_w], dim=-1
+    )

@@ -1,0 +1,35 @@
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the flat model repo importable as the package `bagel_repo`, and keeps every test offline."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+REPO = Path(__file__).resolve().parent.parent
+
+
+def _load_repo_as_package():
+    spec = importlib.util.spec_from_loader("bagel_repo", loader=None, is_package=True)
+    package = importlib.util.module_from_spec(spec)
+    package.__path__ = [str(REPO)]
+    sys.modules["bagel_repo"] = package
+    sys.path.insert(0, str(Path(__file__).parent))
+
+
+_load_repo_as_package()
+
+import torch  # noqa: E402
+
+
+torch.set_num_threads(1)  # tests run in parallel processes
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    return REPO
