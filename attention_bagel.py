@@ -101,7 +101,7 @@ def plan_attention(
         return AttentionPlan(None, is_causal=False)  # everything sees everything: no mask, the fastest kernel
     key_length = layout.past_length + layout.length
     if past_key_values is not None and past_key_values.is_compileable:
-        key_length = past_key_values.get_max_cache_shape()
+        key_length = past_key_values.get_max_length()
     if config._attn_implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 

@@ -254,6 +254,7 @@ class BagelConfig(PreTrainedConfig):
         if layer_module != self.text_config.layer_module:  # the caller's object stays as it was
             self.text_config = copy.deepcopy(self.text_config)
             self.text_config.layer_module = layer_module
+        self.text_config.base_model_tp_plan = _tensor_parallel_plan(self.text_config)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     def _resolve_vision(self):
@@ -316,6 +317,27 @@ class BagelConfig(PreTrainedConfig):
     def patch_latent_dim(self) -> int:
         """Features of a latent token: (row in patch, column in patch, channel)."""
         return self.latent_patch_size**2 * self.vae_config.z_channels
+
+
+def _tensor_parallel_plan(config: BagelTextConfig) -> dict[str, str]:
+    """How transformers shards a decoder block over devices, both experts alike."""
+    attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+    if config.qk_norm:
+        attention |= {"q_norm": "replicated_with_grad_allreduce", "k_norm": "replicated_with_grad_allreduce"}
+    mlp = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+    mot, moe = config.layer_module == "Qwen2MoTDecoderLayer", config.layer_module != "Qwen2DecoderLayer"
+    return {
+        **{
+            f"layers.*.self_attn.{name}{sibling}": plan
+            for sibling in (("", "_moe_gen") if mot else ("",))
+            for name, plan in attention.items()
+        },
+        **{
+            f"layers.*.mlp{sibling}.{name}": plan
+            for sibling in (("", "_moe_gen") if moe else ("",))
+            for name, plan in mlp.items()
+        },
+    }
 
 
 def _without_model_type(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
+from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput, logging
 
 from .attention_bagel import AttentionPlan, FrozenContext, plan_attention
@@ -684,25 +685,35 @@ class BagelGenerationMixin(GenerationMixin):
         longer_mask = mask is not None and mask.shape[1] != input_ids.shape[1]
         if longer_mask or (mask is None and past_length):  # only the new tokens were passed: text on top of a cache
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        valid = torch.ones_like(input_ids) if mask is None else mask.long()
+        return self.get_rope_index(input_ids, mask)
+
+    def get_rope_index(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.LongTensor:
+        """
+        Rotary positions of a prompt, (batch, length): one per text token, one per picture with its boundaries; 0 for
+        padding. Pass them on when a prompt continues on a cache.
+        """
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         return self.image_places(input_ids).positions(valid)
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         """Pictures go in with the prompt only; afterwards their keys and values are in the cache."""
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        cache = kwargs.get("past_key_values")
+        decoding = not is_first_iteration and kwargs.get("use_cache", True) and cache is not None
+        if decoding and (inputs["input_ids"].shape[1] == 1 or cache.get_seq_length() > 0):
             for name in (*PICTURE_INPUTS, "generator"):
                 inputs.pop(name, None)
+        else:  # an assistant's first call, or no cache at all
+            inputs.update({name: kwargs[name] for name in PICTURE_INPUTS if kwargs.get(name) is not None})
         return inputs
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """For static caches: a prompt's mask follows from its layout, in `forward`; later steps are plain text."""
         if kwargs.get("is_first_iteration", False) or inputs_embeds.shape[1] > 1:
             return attention_mask
-        from transformers.masking_utils import create_masks_for_generate
-
-        kwargs = {"position_ids": None, **{k: v for k, v in kwargs.items() if k == "or_mask_function"}}
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        return create_causal_mask(config.get_text_config(), inputs_embeds, attention_mask, past_key_values)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Beams and several answers: pictures are repeated with the row that holds them."""

@@ -20,7 +20,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.utils import ModelOutput, can_return_tuple
@@ -202,7 +202,7 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
 class BagelPreTrainedModel(PreTrainedModel):
     config: BagelConfig
     config_class = BagelConfig
-    base_model_prefix = ""
+    base_model_prefix = "language_model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["BagelDecoderLayer", "SiglipEncoderLayer", "AutoencoderKL"]
@@ -273,18 +273,29 @@ class BagelTextModel(BagelPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
-            hidden_states=(*map(routing.restore, all_states), hidden_states) if output_hidden_states else None,
+            hidden_states=(inputs_embeds, *map(routing.restore, all_states[1:]), hidden_states)
+            if output_hidden_states
+            else None,
             attentions=tuple(all_weights) if output_attentions else None,
         )
 
 
-class BagelLanguageModel(nn.Module):
-    """The released tree: `language_model.model` and `language_model.lm_head`."""
+class BagelLanguageModel(BagelPreTrainedModel):
+    """The released tree: `language_model.model` and `language_model.lm_head`; a container without a forward."""
+
+    config: BagelTextConfig
+    config_class = BagelTextConfig
+    base_model_prefix = "model"
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: BagelTextConfig):
-        super().__init__()
+        super().__init__(config)
         self.model = BagelTextModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
 
 
 class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
@@ -366,24 +377,41 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.language_model.model
 
+    @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_grid_hw: torch.LongTensor, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_hw: torch.LongTensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
         What the decoder reads of pictures.
 
         Args:
             pixel_values: (patches, patch_dim) of all images. image_grid_hw: (images, 2) rows and columns of patches.
+            kwargs: the other inputs of a batch, not used here.
 
         Returns:
             `last_hidden_state` (patches, vision hidden_size) of the tower; `pooler_output` per image (rows * columns,
             hidden_size) after connector and position table.
         """
-        pictures = PaddedPictures(pixel_values, image_grid_hw)
-        grids = self._vit_grids(pictures)
-        seen, features = self._read_patches(pixel_values, self._vit_position_ids(grids, pixel_values.device), grids)
-        lengths = [rows * columns for rows, columns in grids]
-        return BaseModelOutputWithPooling(last_hidden_state=seen, pooler_output=features.split(lengths))
+        vision = self.config.vision_config
+        grids = self._vit_grids(PaddedPictures(pixel_values, image_grid_hw))
+        seen, features = self._read_patches(
+            pixel_values,
+            self._vit_position_ids(grids, pixel_values.device),
+            grids,
+            output_hidden_states=vision.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            output_attentions=vision.output_attentions if output_attentions is None else output_attentions,
+        )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=seen.last_hidden_state,
+            pooler_output=features.split([rows * columns for rows, columns in grids]),
+            hidden_states=seen.hidden_states,
+            attentions=seen.attentions,
+        )
 
     @can_return_tuple
     def forward(
@@ -394,6 +422,8 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_attentions: bool | None = None,
@@ -437,7 +467,8 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             input_ids: (batch, length); pictures are marked by runs of `image_token_id` (ViT) and `latent_token_id`
                 (VAE) between vision_start and vision_end. attention_mask: (batch, past + length), 0 = padding.
             inputs_embeds: (batch, length, hidden_size), text only.
-            labels: (batch, length), -100 = ignored; shifted here.
+            labels: (batch, length), -100 = ignored; shifted here (`shift_labels`: shifted already).
+            num_items_in_batch: labels to divide by, if they are not those of this batch alone.
             pixel_values: (ViT patches of the batch, patch_dim). image_grid_hw: (ViT images, 2) in patches.
             latent_pixel_values: (VAE images, 3, H, W) in [-1, 1], zero-padded to the largest. latent_image_sizes:
                 (VAE images, 2) height and width in pixels; each image is encoded at its own size.
@@ -500,19 +531,19 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         pictures = PaddedPictures(
             pixel_values, image_grid_hw, latent_pixel_values, latent_image_sizes, sample_posterior, generator
         )
-        if inputs_embeds is not None:
-            if not pictures.empty:
-                raise ValueError("inputs_embeds cannot say where pictures go; pass input_ids with the pictures.")
+        if pictures.empty:
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(self._text_only(input_ids))
             shape, device = inputs_embeds.shape[:2], inputs_embeds.device
             layout = PackedLayout.text(*shape, attention_mask, position_ids, past_length, device)
-        elif pictures.empty:
-            layout = PackedLayout.text(*input_ids.shape, attention_mask, position_ids, past_length, input_ids.device)
-            inputs_embeds = self._embed(self._text_only(input_ids), None, None)
+            inputs_embeds = self._embed(inputs_embeds, None, None)
         else:
-            places = self.image_places(input_ids)
+            places = self.image_places(self._ids_of(inputs_embeds) if input_ids is None else input_ids)
             layout = PackedLayout.from_input_ids(places, attention_mask, position_ids, past_length)
             vit, latents = self._read_pictures(pictures, places)
-            inputs_embeds = self._embed(input_ids.masked_fill(places.image | places.latent, 0), vit, latents)
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(places.image | places.latent, 0))
+            inputs_embeds = self._embed(inputs_embeds, vit, latents)
         if use_cache is None:
             use_cache = self.config.text_config.use_cache
         if use_cache and past_key_values is None:
@@ -522,8 +553,15 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.language_model.lm_head(hidden_states[:, kept])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
+            loss = loss + self._no_velocity(hidden_states)
         return BagelOutput(
             loss=loss,
             logits=logits,
@@ -560,7 +598,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         tokens = LatentTokens(latents[valid], t.expand(len(index)), position_ids[valid], index)
         ids = torch.full(layout.gen.shape, self.config.vision_end_token_id, device=latents.device)
         ids[:, 0] = self.config.vision_start_token_id
-        inputs_embeds = self._embed(ids, None, tokens)
+        inputs_embeds = self._embed(self.get_input_embeddings()(ids), None, tokens)
         plan = plan or plan_attention(self.config.text_config, layout, inputs_embeds)
         output = self.language_model.model(inputs_embeds, layout, plan, past_key_values)
         velocity = self.llm2vae(output.last_hidden_state.flatten(0, 1)[index])
@@ -702,22 +740,34 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
     # ---- tokens to features
 
     def _read_patches(
-        self, patches: torch.Tensor, position_ids: torch.LongTensor, grids: list[tuple[int, int]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> (patches, vision hidden_size) of the tower, (patches, hidden_size) for the decoder."""
+        self, patches: torch.Tensor, position_ids: torch.LongTensor, grids: list[tuple[int, int]], **recording
+    ) -> tuple[BaseModelOutput, torch.Tensor]:
+        """-> what the tower says, and its features for the decoder (patches, hidden_size)."""
         lengths = torch.tensor([rows * columns for rows, columns in grids], device=patches.device)
         cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         weight = self.connector.fc1.weight
-        seen = self.vit_model(patches.to(weight.dtype), position_ids, cu_seqlens).last_hidden_state
-        features = self.connector(seen)
+        seen = self.vit_model(patches.to(weight.dtype), position_ids, cu_seqlens, **recording)
+        features = self.connector(seen.last_hidden_state)
         return seen, features + self.vit_pos_embed(position_ids).to(features)
 
     def _embed(
-        self, text_ids: torch.LongTensor, vit: VitTokens | None, latents: LatentTokens | None
+        self, text_embeds: torch.Tensor, vit: VitTokens | None, latents: LatentTokens | None
     ) -> torch.Tensor:
-        """(batch, length) ids, of which picture places are overwritten -> (batch, length, hidden_size)."""
-        embeds = self.get_input_embeddings()(text_ids)
-        flat = embeds.flatten(0, 1)
+        """
+        Put pictures into their places, (batch, length, hidden_size) in and out.
+
+        With gradients on, the parts without input run on nothing: their parameters get zero gradients, so data-parallel
+        ranks whose batches differ in kind still agree on what takes part.
+        """
+        grad = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        device, flat = text_embeds.device, text_embeds.flatten(0, 1)
+        nothing = torch.empty(0, dtype=torch.long, device=device)
+        if vit is None and self.config.visual_und and grad:
+            patches = torch.empty(0, self.config.vision_config.patch_dim, device=device)
+            vit = VitTokens(patches, nothing, [], nothing)
+        if latents is None and self.config.visual_gen and grad:
+            x_t = torch.empty(0, self.config.patch_latent_dim, device=device)
+            latents = LatentTokens(x_t, torch.empty(0, device=device), nothing, nothing)
         if vit is not None:
             _, features = self._read_patches(vit.patches, vit.position_ids, vit.grids)
             flat = flat.index_copy(0, vit.index, features.to(flat))
@@ -725,7 +775,23 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             features = self.vae2llm(latents.x_t.to(self.vae2llm.weight.dtype)) + self.time_embedder(latents.t)
             features = features + self.latent_pos_embed(latents.position_ids).to(features)
             flat = flat.index_copy(0, latents.index, features.to(flat))
-        return flat.unflatten(0, text_ids.shape)
+        return flat.unflatten(0, text_embeds.shape[:2])
+
+    def _ids_of(self, inputs_embeds: torch.Tensor) -> torch.LongTensor:
+        """Find the picture marks again in embeddings that were made with this model's table; -1 elsewhere."""
+        config, table = self.config, self.get_input_embeddings()
+        marks = (
+            config.image_token_id,
+            config.latent_token_id,
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        )
+        ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+        for mark in marks:
+            if mark < config.text_config.vocab_size:
+                embed = table(torch.tensor(mark, device=table.weight.device)).to(inputs_embeds)
+                ids[(inputs_embeds == embed).all(-1)] = mark
+        return ids
 
     def _text_only(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """Refuse picture places without pictures; in a compiled or single-token step they are only kept off the table."""
@@ -759,7 +825,8 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         text_ids = pack.packed_text_ids.new_zeros(pack.sequence_length)
         text_ids[pack.packed_text_indexes] = pack.packed_text_ids
         flow = self._noised_latents(pack, generator)
-        inputs_embeds = self._embed(text_ids[None], self._packed_vit(pack), flow.tokens if flow else None)
+        text_embeds = self.get_input_embeddings()(text_ids[None])
+        inputs_embeds = self._embed(text_embeds, self._packed_vit(pack), flow.tokens if flow else None)
         output = self._decode(inputs_embeds, layout, None, None, **recording)
         hidden_states = output.last_hidden_state[0]
         ce, mse = self._text_errors(pack, hidden_states), self._velocity_errors(pack, hidden_states, flow)
@@ -768,6 +835,8 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             for weight, error in ((self.config.ce_weight, ce), (self.config.mse_weight, mse))
             if error is not None
         ]
+        if losses and mse is None:
+            losses.append(self._no_velocity(hidden_states))
         return BagelOutput(
             loss=sum(losses) if losses else None,
             ce=ce,
@@ -776,6 +845,10 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def _no_velocity(self, hidden_states: torch.Tensor) -> torch.Tensor | float:
+        """Zero, through the velocity head: a batch without latents still gives its parameters a (zero) gradient."""
+        return self.llm2vae(hidden_states[:0]).sum() if self.config.visual_gen and torch.is_grad_enabled() else 0.0
 
     def _packed_vit(self, pack: PackedBatch) -> VitTokens | None:
         index = _as_index(pack.packed_vit_token_indexes)

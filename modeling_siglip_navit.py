@@ -99,7 +99,8 @@ class SiglipAttention(nn.Module):
         lengths: list[int],
         max_seqlen: int,
         rotary: tuple[torch.Tensor, ...] | None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        """(patches, hidden_size) -> the same, and the weights of each image if the kernel gives them."""
         query, key, value = (
             proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (patches, heads, head_dim)
@@ -125,11 +126,13 @@ class SiglipAttention(nn.Module):
                 max_length_k=max_seqlen,
                 **options,
             )
-            return self.out_proj(output[0].flatten(1)), [weights]
+            return self.out_proj(output[0].flatten(1)), (weights,)
+        if not lengths:  # no image: nothing to attend to, and zero gradients for the projections
+            return self.out_proj((query + key + value)[0].transpose(0, 1).flatten(1)), ()
         images = [x.split(lengths, dim=2) for x in (query, key, value)]
         attended = [kernel(self, q, k, v, None, **options) for q, k, v in zip(*images)]
         output = torch.cat([output for output, _ in attended], dim=1)[0]  # (patches, heads, head_dim)
-        return self.out_proj(output.flatten(1)), [weights for _, weights in attended]
+        return self.out_proj(output.flatten(1)), tuple(weights for _, weights in attended)
 
 
 class SiglipMLP(nn.Module):
@@ -151,10 +154,18 @@ class SiglipEncoderLayer(GradientCheckpointingLayer):
         self.mlp = SiglipMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        attended, _ = self.self_attn(self.layer_norm1(hidden_states), **kwargs)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cu_seqlens: torch.IntTensor,
+        lengths: list[int],
+        max_seqlen: int,
+        rotary: tuple[torch.Tensor, ...] | None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        normed = self.layer_norm1(hidden_states)
+        attended, weights = self.self_attn(normed, cu_seqlens, lengths, max_seqlen, rotary)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
 
 
 class SiglipEncoder(nn.Module):
@@ -181,6 +192,7 @@ class SiglipVisionTransformer(nn.Module):
         cu_seqlens: torch.IntTensor,
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> BaseModelOutput:
         lengths = cu_seqlens.diff().tolist()
         if sum(lengths) != packed_pixel_values.shape[0]:
@@ -189,19 +201,22 @@ class SiglipVisionTransformer(nn.Module):
                 f"{packed_pixel_values.shape[0]}."
             )
         hidden_states = self.embeddings(packed_pixel_values, packed_flattened_position_ids)
-        states = [hidden_states]
+        rotary = self.rope(packed_flattened_position_ids) if self.config.rope else None
+        states, attentions = [hidden_states], []
         for layer in self.encoder.layers:
-            hidden_states = layer(
+            hidden_states, weights = layer(
                 hidden_states,
                 cu_seqlens=cu_seqlens.to(torch.int32),
                 lengths=lengths,
                 max_seqlen=max_seqlen or max(lengths, default=0),
-                rotary=self.rope(packed_flattened_position_ids) if self.config.rope else None,
+                rotary=rotary,
             )
             states.append(hidden_states)
+            attentions.append(weights)
         return BaseModelOutput(
             last_hidden_state=self.post_layernorm(hidden_states),
             hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
 
 
@@ -242,6 +257,7 @@ class SiglipVisionModel(PreTrainedModel):
         cu_seqlens: torch.IntTensor,
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> BaseModelOutput:
         """
         Args:
@@ -251,10 +267,16 @@ class SiglipVisionModel(PreTrainedModel):
             max_seqlen: patches of the largest image.
 
         Returns:
-            `BaseModelOutput` with `last_hidden_state` (patches, hidden_size) after the final norm.
+            `BaseModelOutput` with `last_hidden_state` (patches, hidden_size) after the final norm; `attentions` hold,
+            per layer, one (1, heads, n, n) tensor per image (eager attention only).
         """
         return self.vision_model(
-            packed_pixel_values, packed_flattened_position_ids, cu_seqlens, max_seqlen, output_hidden_states
+            packed_pixel_values,
+            packed_flattened_position_ids,
+            cu_seqlens,
+            max_seqlen,
+            output_hidden_states,
+            output_attentions,
         )
 
 

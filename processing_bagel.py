@@ -1,0 +1,409 @@
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations in, model inputs out, and generated ids or pictures back.
+
+It knows the prompt format (spans of text and places of images). It knows nothing of positions, attention or experts:
+the model derives those from `input_ids` and the image tensors.
+
+A prompt, with one `t` per text token, `l` per VAE-latent place and `i` per ViT place:
+
+    <|im_start|>ttt<|im_end|>                                                                a text
+    <|vision_start|>iiii<|vision_end|>                                                       an image that is read
+    <|vision_start|>llllll<|vision_end|><|vision_start|>iiii<|vision_end|>                   an image that is edited
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+
+from .image_processing_bagel import flatten_images, unit_tensor_to_pil
+
+
+# What the checkpoint was trained with when it thinks before it answers or draws; `chat_template.jinja` repeats them.
+ANSWER_SYSTEM_PROMPT = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+    "The reasoning process is enclosed within <think> </think> tags, i.e. "
+    "<think> reasoning process here </think> answer here"
+)
+IMAGE_SYSTEM_PROMPT = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, i.e. "
+    "<think> planning process here </think> image here"
+)
+
+GENERATION_MODES = ("text", "image", "interleaved")
+CONTENT_TYPES = ("text", "image", "image_url")  # transformers turns the last into the second
+
+TEXT_KWARGS = {
+    "add_special_tokens",
+    "max_length",
+    "pad_to_multiple_of",
+    "padding",
+    "padding_side",
+    "return_attention_mask",
+    "return_length",
+    "return_offsets_mapping",
+    "return_special_tokens_mask",
+    "return_tensors",
+    "return_text_replacement_offsets",
+    "sanitize_control_tokens",
+    "truncation",
+    "verbose",
+}
+
+# transformers puts this before a special token of user text that `sanitize_control_tokens=True` makes plain text.
+PLAIN_TEXT_MARK = "\U000f0000"
+
+
+class BagelProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {
+        "text_kwargs": {"padding": True, "padding_side": "left", "return_tensors": "pt"},
+        "images_kwargs": {"return_tensors": "pt"},
+    }
+
+
+class BagelProcessor(ProcessorMixin):
+    """Turns conversations, or texts with image placeholders, into what `BagelForUnifiedMultimodal` takes.
+
+    Args:
+        image_processor: a `BagelImageProcessor`.
+        tokenizer: the released (Qwen2.5) tokenizer, or any that has its seven special tokens.
+        chat_template: the contents of `chat_template.jinja`; `from_pretrained` finds it.
+    """
+
+    valid_processor_kwargs = BagelProcessorKwargs
+
+    # A text span is delimited by these two whatever the tokenizer calls its own bos and eos.
+    bos_token = "<|im_start|>"
+    eos_token = "<|im_end|>"
+    vision_start_token = "<|vision_start|>"
+    vision_end_token = "<|vision_end|>"
+    image_token = "<|image_pad|>"  # a ViT place
+    latent_token = "<|vision_pad|>"  # a VAE-latent place
+
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.bos_token_id = _token_id(tokenizer, self.bos_token)
+        self.eos_token_id = _token_id(tokenizer, self.eos_token)
+        self.vision_start_token_id = _token_id(tokenizer, self.vision_start_token)
+        self.vision_end_token_id = _token_id(tokenizer, self.vision_end_token)
+        self.image_token_id = _token_id(tokenizer, self.image_token)
+        self.latent_token_id = _token_id(tokenizer, self.latent_token)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Texts and images to tensors
+
+    def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
+        """Prepare texts whose images are marked by placeholders, and those images.
+
+        In the text, `<|image_pad|>` stands for an image that is read, `<|vision_pad|><|image_pad|>` for one image that
+        is edited (seen by the VAE, then by the ViT), a lone `<|vision_pad|>` for one that only the VAE sees. Each
+        placeholder may be written with its `<|vision_start|>` and `<|vision_end|>`; they are added where they are not.
+
+        The text is taken as it is: without `<|im_start|>` and `<|im_end|>` around each piece of text it is not a prompt
+        the model was trained on. `apply_chat_template` writes them; use it unless you write prompts by hand.
+
+        Args:
+            images: one image, a flat list over all texts in reading order, or one list per text.
+            text: a prompt or a batch of them. Without any, only the image tensors are returned.
+            kwargs: of the tokenizer (`padding`, by default True and on the left, `max_length`, `truncation`,
+                `return_tensors`, by default "pt", ...) and of the image processor (its settings), flat or in
+                `text_kwargs` and `images_kwargs`.
+
+        Returns:
+            `input_ids` and `attention_mask` (texts, longest), and what `BagelImageProcessor.preprocess` returns.
+
+        Raises:
+            ValueError: the prompt is empty, images and placeholders do not match, or truncation would cut an image.
+            TypeError: an unknown keyword.
+        """
+        for name in ("videos", "audio"):  # transformers' `apply_chat_template` passes both, as None
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"BAGEL takes text and images, no {name}: pass frames of a video as images")
+        self._refuse_unknown(kwargs)
+        # The side that a tokenizer was saved with must not override the one that generation needs.
+        defaults = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
+        merged = self._merge_kwargs(self.valid_processor_kwargs, defaults, **kwargs)
+        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        return_tensors = text_kwargs.pop("return_tensors", None)
+        return_replacements = text_kwargs.pop("return_text_replacement_offsets", False)
+
+        if text is None:
+            if images is None or not flatten_images(images):
+                raise ValueError("the prompt is empty: pass text, images or both")
+            return self.image_processor(images, **images_kwargs)
+
+        texts = self._check_texts(text)
+        if {"edited", "read"} & images_kwargs.keys():
+            raise ValueError("with text, its placeholders say which images are edited and read: drop edited and read")
+        groups = [list(_IMAGE_GROUP.finditer(text)) for text in texts]
+        images = _match_images(images, [len(matches) for matches in groups])
+        edited = [bool(match["latent"]) for matches in groups for match in matches]
+        read = [bool(match["read"] or match["both"]) for matches in groups for match in matches]
+        features = {}
+        if images:
+            images_kwargs["return_tensors"] = "pt"
+            features = self.image_processor(images, edited=edited, read=read, **images_kwargs)
+
+        spans = self._image_spans(features, edited, read)
+        replacements = [[(match, next(spans)) for match in matches] for matches in groups]
+        texts = [_replaced(text, row) for text, row in zip(texts, replacements)]
+        text_kwargs |= {"add_special_tokens": False, "return_token_type_ids": False}
+        encoded = self.tokenizer(texts, **text_kwargs)
+        self._check_images_are_whole(texts, encoded["input_ids"])
+        data = {**encoded, **features}
+        if return_replacements:  # transformers asks for them to place assistant masks
+            data["text_replacement_offsets"] = [_offsets(row) for row in replacements]
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        known = {"text_kwargs": TEXT_KWARGS, "images_kwargs": set(self.image_processor.valid_kwargs.__annotations__)}
+        unknown = kwargs.keys() - known.keys() - known["text_kwargs"] - known["images_kwargs"]
+        for name, keys in known.items():
+            unknown |= kwargs.get(name, {}).keys() - keys
+        if unknown:
+            known_keys = ", ".join(sorted(known["text_kwargs"] | known["images_kwargs"]))
+            raise TypeError(f"BagelProcessor has no keyword {', '.join(sorted(unknown))}; it has {known_keys}")
+
+    def _check_texts(self, text: str | list[str]) -> list[str]:
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(prompt, str) for prompt in texts):
+            raise ValueError(f"text is a string or a list of strings, got {text!r}")
+        for index, prompt in enumerate(texts):
+            if not prompt.replace(self.bos_token, "").replace(self.eos_token, "").strip():
+                raise ValueError(f"the prompt is empty (text {index} of {len(texts)}): it needs words or an image")
+        return texts
+
+    def _image_spans(self, features: BatchFeature | dict, edited: list[bool], read: list[bool]) -> Iterator[str]:
+        """The placeholders of each image in order, one per place."""
+        stride = self.image_processor.latent_stride
+        latent_sizes = iter(features.get("latent_image_sizes", ()))
+        grids = iter(features.get("image_grid_hw", ()))
+        for is_edited, is_read in zip(edited, read):
+            span = ""
+            if is_edited:
+                span += self._image_span(self.latent_token, (next(latent_sizes) // stride).prod())
+            if is_read:
+                span += self._image_span(self.image_token, next(grids).prod())
+            yield span
+
+    def _image_span(self, token: str, places: torch.Tensor) -> str:
+        return self.vision_start_token + token * int(places) + self.vision_end_token
+
+    def _check_images_are_whole(self, texts: list[str], input_ids: list[list[int]]) -> None:
+        for token, token_id in ((self.latent_token, self.latent_token_id), (self.image_token, self.image_token_id)):
+            for text, ids in zip(texts, input_ids):
+                places = len(re.findall(f"(?<!{PLAIN_TEXT_MARK}){re.escape(token)}", text))
+                kept = [index for index, kept_id in enumerate(ids) if kept_id == token_id]
+                ends = kept and ids[kept[0] - 1 : kept[0]] + ids[kept[-1] + 1 : kept[-1] + 2]
+                if len(kept) != places or (kept and ends != [self.vision_start_token_id, self.vision_end_token_id]):
+                    raise ValueError(
+                        f"truncation cut an image: {len(kept)} of {places} {token} places are left whole in {len(ids)} "
+                        "tokens; raise max_length, drop truncation, or shrink the image"
+                    )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Conversations to prompts
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        *,
+        generation_mode: str = "text",
+        think: bool = False,
+        edit: bool | None = None,
+        add_generation_prompt: bool | None = None,
+        **kwargs,
+    ) -> str | list[str] | BatchFeature:
+        """Write a conversation, or a batch of them, as a prompt, and with `tokenize=True, return_dict=True` as inputs.
+
+        A message's `content` is a string or a list of `{"type": "text", "text": ...}` and `{"type": "image", ...}` with
+        the image under "image", "url", "path" or "base64". Each text becomes a span of its own; roles are not written,
+        since the model knows none. Special tokens inside a text keep their meaning (pass `sanitize_control_tokens=True`
+        for text you do not trust, where transformers has it).
+
+        Args:
+            generation_mode: what `generate` will be asked for. "text": images are read, and the prompt ends with the
+                bos of the answer. "image": images are edited (seen by VAE and ViT) and nothing is appended.
+                "interleaved": images are edited, and the prompt ends with bos. Images in assistant messages were drawn
+                by the model and are seen by VAE and ViT in every mode.
+            think: put the released system prompt first that asks for a plan before the answer or the picture.
+            edit: whether images are edited (True) or only read (False), against what `generation_mode` says.
+            add_generation_prompt: append bos. By default where the last message is not the assistant's; never in
+                mode "image".
+            kwargs: of transformers' `apply_chat_template`: `tokenize`, `return_dict`, `return_tensors`,
+                `continue_final_message`, `processor_kwargs` (keywords of `__call__`), ...
+        """
+        if generation_mode not in GENERATION_MODES:
+            raise ValueError(f"generation_mode is one of {', '.join(GENERATION_MODES)}, not {generation_mode!r}")
+        if kwargs.get("return_assistant_tokens_mask") and chat_template is None:
+            raise ValueError("BAGEL's chat template marks no assistant tokens: training labels come from its collator")
+        last_roles = {_check_conversation(chat) for chat in _conversations(conversation)}
+        if generation_mode == "image":
+            add_generation_prompt = False
+        elif kwargs.get("continue_final_message"):
+            add_generation_prompt = bool(add_generation_prompt)  # transformers refuses both
+        elif add_generation_prompt is None:
+            add_generation_prompt = "assistant" not in last_roles
+            if not add_generation_prompt and len(last_roles) > 1:
+                raise ValueError("only some conversations end with the assistant: pass add_generation_prompt")
+
+        # Only what differs from the template's defaults, so that a template without these variables works too.
+        variables = {"generation_mode": generation_mode, "think": think, "edit": edit}
+        defaults = {"generation_mode": "text", "think": False, "edit": None}
+        kwargs |= {name: value for name, value in variables.items() if value != defaults[name]}
+        return super().apply_chat_template(
+            conversation, chat_template, add_generation_prompt=add_generation_prompt, **kwargs
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Generated outputs to texts and pictures
+
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs,
+    ) -> list[str] | list[Image.Image] | list[list[str | Image.Image]]:
+        """What `generate` returned, as people read it.
+
+        Args:
+            generated_outputs: mode None or "text": token ids (samples, tokens) or one sample's; "image": pictures, or
+                pixel tensors (3, H, W) in [0, 1]; "interleaved": per sample a list of token ids and of those.
+            kwargs: of the tokenizer's `decode`.
+
+        Returns:
+            Texts, pictures, or per sample a list of both.
+        """
+        if generation_mode in (None, "text"):
+            return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
+        if generation_mode == "image":
+            return [_to_picture(picture) for picture in flatten_images(generated_outputs)]
+        if generation_mode == "interleaved":
+            decode = {"skip_special_tokens": skip_special_tokens, **kwargs}
+            return [[self._to_text_or_picture(item, decode) for item in sample] for sample in generated_outputs]
+        raise ValueError(f"generation_mode is one of {', '.join(GENERATION_MODES)}, not {generation_mode!r}")
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs
+    ) -> list[str]:
+        """Token ids (samples, tokens), or one sample's, as texts."""
+        if hasattr(generated_outputs, "tolist"):
+            generated_outputs = generated_outputs.tolist()
+        if len(generated_outputs) and isinstance(generated_outputs[0], int):
+            generated_outputs = [generated_outputs]
+        return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def _to_text_or_picture(self, item: Any, decode: dict[str, Any]) -> str | Image.Image:
+        if isinstance(item, str):
+            return item
+        if isinstance(item, Image.Image) or (isinstance(item, torch.Tensor) and item.ndim == 3):
+            return _to_picture(item)
+        return self.tokenizer.decode(item, **decode)
+
+
+def _image_group_pattern() -> re.Pattern:
+    """One image of a prompt: a VAE place with or without a ViT place right behind it, or a ViT place alone."""
+    start, end = re.escape(BagelProcessor.vision_start_token), re.escape(BagelProcessor.vision_end_token)
+    latent, image = (
+        f"(?:{start})?(?<!{PLAIN_TEXT_MARK}){re.escape(token)}(?:{end})?"
+        for token in (BagelProcessor.latent_token, BagelProcessor.image_token)
+    )
+    return re.compile(f"(?P<latent>{latent})(?P<both>{image})?|(?P<read>{image})")
+
+
+_IMAGE_GROUP = _image_group_pattern()
+
+
+def _token_id(tokenizer: Any, token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != token:
+        raise ValueError(f"the tokenizer has no {token}: use the one released with BAGEL, or add it as a special token")
+    return token_id
+
+
+def _match_images(images: Any, places: list[int]) -> list:
+    """All images in reading order, given how many each text has places for."""
+    images = [] if images is None else images
+    if isinstance(images, list | tuple) and any(isinstance(item, list | tuple) for item in images):
+        rows = [[] if row is None else flatten_images(row) for row in images]
+        if len(rows) != len(places):
+            raise ValueError(f"{len(places)} texts but lists of images for {len(rows)}: pass one list per text")
+        for index, (row, count) in enumerate(zip(rows, places)):
+            if len(row) != count:
+                raise _mismatch(f"text {index}", count, len(row))
+        return flatten_images(rows)
+    images = flatten_images(images)
+    if len(images) != sum(places):
+        raise _mismatch("the text", sum(places), len(images))
+    return images
+
+
+def _replaced(text: str, replacements: list[tuple[re.Match, str]]) -> str:
+    pieces, end = [], 0
+    for match, replacement in replacements:
+        pieces += [text[end : match.start()], replacement]
+        end = match.end()
+    return "".join(pieces) + text[end:]
+
+
+def _offsets(replacements: list[tuple[re.Match, str]]) -> list[dict[str, Any]]:
+    """Where each image's placeholders were, and where its places are, in characters: in the form of transformers."""
+    offsets, shift = [], 0
+    for match, replacement in replacements:
+        start, end = match.span()
+        new_span = (start + shift, start + shift + len(replacement))
+        fact = {"type": "image", "span": (start, end), "new_span": new_span}
+        offsets.append(fact | {"text": match.group(), "replacement": replacement})
+        shift = new_span[1] - end
+    return offsets
+
+
+def _mismatch(where: str, places: int, images: int) -> ValueError:
+    return ValueError(
+        f"{where} has places for {places} images, but {images} were given: write {BagelProcessor.image_token} where an "
+        f"image is read, {BagelProcessor.latent_token}{BagelProcessor.image_token} where one is edited"
+    )
+
+
+def _conversations(conversation: Any) -> list:
+    if not isinstance(conversation, list | tuple) or not conversation:
+        raise ValueError(f"a conversation is a list of messages, with at least one; got {conversation!r}")
+    return list(conversation) if isinstance(conversation[0], list | tuple) else [conversation]
+
+
+def _check_conversation(conversation: list[dict[str, Any]]) -> str | None:
+    """Refuse what the template cannot write, and return the role of the last message."""
+    if not conversation:
+        raise ValueError("a conversation is a list of messages, with at least one; got none")
+    for message in conversation:
+        content = message.get("content")
+        if not isinstance(content, str | list | tuple):
+            raise TypeError(f"a message's content is a string or a list of items, not {content!r}")
+        for item in () if isinstance(content, str) else content:
+            kind = item.get("type") if isinstance(item, dict) else type(item).__name__
+            if kind not in CONTENT_TYPES:
+                raise ValueError(f"unknown content type {kind!r}: a message holds items of type 'text' or 'image'")
+            if kind == "text" and not isinstance(item.get("text"), str):
+                raise ValueError(f"an item of type 'text' has its string under 'text'; got {item!r}")
+    return conversation[-1].get("role")
+
+
+def _to_picture(picture: Image.Image | torch.Tensor) -> Image.Image:
+    return unit_tensor_to_pil(picture) if isinstance(picture, torch.Tensor) else picture
+
+
+__all__ = ["BagelProcessor"]

@@ -1,0 +1,470 @@
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Loading, resizing and patchifying pictures: by equalities, and against the released numbers where they are there."""
+
+import base64
+import hashlib
+import json
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bagel_repo.image_processing_bagel import (
+    BagelImageProcessor,
+    image_to_tensor,
+    load_image,
+    patchify,
+    resize_dimensions,
+    rgb_on_white,
+    tensor_to_pil,
+    unit_tensor_to_pil,
+)
+from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # older top levels ask for torchvision
+
+
+PARITY = Path(__file__).parents[2] / "shared" / "parity" / "image_transform"
+META = json.loads((PARITY / "meta.json").read_text()) if PARITY.exists() else {"images": {}, "settings": {}}
+needs_parity = pytest.mark.skipif(not PARITY.exists(), reason="the released numbers are not here")
+
+pytestmark = pytest.mark.core
+
+TINY = {
+    "size": {"shortest_edge": 42, "longest_edge": 70},
+    "latent_size": {"shortest_edge": 48, "longest_edge": 96},
+}
+
+
+def limits(setting: str) -> dict[str, int]:
+    released = META["settings"][setting]
+    return {
+        "max_size": released["max_image_size"],
+        "min_size": released["min_image_size"],
+        "stride": released["image_stride"],
+        "max_pixels": released["max_pixels"],
+    }
+
+
+def picture(width: int = 120, height: int = 80, seed: int = 0, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    return Image.fromarray(pixels, "RGBA").convert(mode)
+
+
+def png(image: Image.Image) -> bytes:
+    file = BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def same(left: Image.Image, right: Image.Image) -> bool:
+    return left.size == right.size and left.tobytes() == right.tobytes()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Against the released numbers
+
+
+@needs_parity
+@pytest.mark.parametrize("name", META["images"])
+def test_released_pictures_convert_to_the_released_rgb(name):
+    if name.startswith("i16"):
+        pytest.skip("how Pillow converts I;16 depends on its version")
+    expected = META["images"][name]
+    source = Image.open(PARITY / "images" / f"{name}.png")
+    for image in (rgb_on_white(source), load_image(str(PARITY / "images" / f"{name}.png"))):
+        assert hashlib.sha256(np.asarray(image).tobytes()).hexdigest() == expected["rgb_sha256"]
+
+
+@needs_parity
+@pytest.mark.parametrize("name", META["images"])
+def test_released_transforms_are_replayed_exactly(name):
+    from safetensors import safe_open
+
+    if name.startswith("i16"):
+        pytest.skip("how Pillow converts I;16 depends on its version")
+    image = load_image(PARITY / "images" / f"{name}.png")
+    with safe_open(PARITY / "tensors.safetensors", "pt") as tensors:
+        for setting, expected in META["images"][name]["results"].items():
+            size = resize_dimensions(*image.size, **limits(setting))
+            assert list(size) == expected["size_wh"], setting
+            resized = image.resize(size, Image.Resampling.BICUBIC)
+            assert hashlib.sha256(np.asarray(resized).tobytes()).hexdigest() == expected["resized_uint8_sha256"]
+
+            pixels = image_to_tensor(image, size)
+            if "full_tensor" in expected:
+                torch.testing.assert_close(pixels, tensors.get_tensor(expected["full_tensor"]), atol=1e-6, rtol=0)
+            else:
+                samples = pixels.flatten()[expected["sample_flat_indexes"]]
+                torch.testing.assert_close(samples, torch.tensor(expected["sample_values"]), atol=1e-6, rtol=0)
+                assert pixels.double().mean().item() == pytest.approx(expected["mean"], abs=1e-6)
+            if "patchify_tensor" in expected:
+                patches = patchify(pixels, limits(setting)["stride"])
+                torch.testing.assert_close(patches, tensors.get_tensor(expected["patchify_tensor"]), atol=1e-6, rtol=0)
+            elif "patchify_shape" in expected:
+                patches = patchify(pixels, limits(setting)["stride"])
+                assert list(patches.shape) == expected["patchify_shape"]
+                samples = patches.flatten()[expected["patchify_sample_flat_indexes"]]
+                torch.testing.assert_close(samples, torch.tensor(expected["patchify_sample_values"]), atol=1e-6, rtol=0)
+
+
+@needs_parity
+def test_released_sizes_are_replayed_exactly():
+    for expected in META["images"].values():
+        for count, size in expected["vlm_train_size_wh_by_img_num"].items():
+            assert list(resize_dimensions(*expected["size"], **limits("vlm_train"), num_images=int(count))) == size
+        vae = resize_dimensions(*expected["size"], **limits("vae"))
+        assert list(resize_dimensions(*vae, **limits("vae"))) == expected["vae_then_vae_size_wh"]
+        assert list(resize_dimensions(*vae, **limits("vit"))) == expected["vae_then_vit_size_wh"]
+
+
+@needs_parity
+def test_released_size_table_is_replayed_exactly():
+    assert len(META["size_table"]) == 51
+    for row in META["size_table"]:
+        width, height = row["w"], row["h"]
+        for setting in META["settings"]:
+            assert list(resize_dimensions(width, height, **limits(setting))) == row[setting], (row, setting)
+        vae = resize_dimensions(width, height, **limits("vae"))
+        assert list(resize_dimensions(*vae, **limits("vae"))) == row["vae_then_vae"]
+        assert list(resize_dimensions(*vae, **limits("vit"))) == row["vae_then_vit"]
+        assert list(resize_dimensions(width, height, **limits("vlm_train"), num_images=3)) == row["vlm_train_img_num3"]
+
+
+@needs_parity
+def test_default_processor_makes_the_released_views():
+    processor = BagelImageProcessor()
+    for name in ("rgb_640x480", "rgb_5x7", "rgba_64x64"):
+        expected = META["images"][name]
+        path = str(PARITY / "images" / f"{name}.png")
+        read = processor(path)
+        width, height = expected["results"]["vit"]["size_wh"]
+        assert read["image_grid_hw"].tolist() == [[height // 14, width // 14]]
+        samples = read["pixel_values"].flatten()[expected["results"]["vit"]["patchify_sample_flat_indexes"]]
+        torch.testing.assert_close(
+            samples, torch.tensor(expected["results"]["vit"]["patchify_sample_values"]), atol=1e-6, rtol=0
+        )
+        edited = processor(path, edited=True)
+        width, height = expected["vae_then_vit_size_wh"]
+        assert edited["image_grid_hw"].tolist() == [[height // 14, width // 14]]
+        assert edited["latent_image_sizes"].tolist() == [expected["results"]["vae"]["size_wh"][::-1]]
+        samples = edited["latent_pixel_values"].flatten()[expected["results"]["vae"]["sample_flat_indexes"]]
+        torch.testing.assert_close(
+            samples, torch.tensor(expected["results"]["vae"]["sample_values"]), atol=1e-6, rtol=0
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The transform
+
+
+VAE_LIMITS = {"max_size": 1024, "min_size": 512, "stride": 16, "max_pixels": 1806336}
+VIT_LIMITS = {"max_size": 980, "min_size": 224, "stride": 14, "max_pixels": 1806336}
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "expected"),
+    [
+        ((640, 480), VAE_LIMITS, (688, 512)),
+        ((640, 480), VIT_LIMITS, (644, 476)),
+        ((37, 512), VAE_LIMITS, (80, 1024)),  # the short side ends below min_size
+        ((1, 1), VIT_LIMITS, (224, 224)),
+        ((1024, 1024), {**VIT_LIMITS, "max_pixels": 2007040, "num_images": 4}, (518, 518)),  # ratio of areas
+    ],
+)
+def test_resize_keeps_the_released_oddities(size, limits, expected):
+    assert resize_dimensions(*size, **limits) == expected
+
+
+def test_resize_of_the_vae_leaves_its_own_sizes_alone():
+    random = np.random.default_rng(0)
+    for width, height in random.integers(1, 4000, (500, 2)).tolist():
+        once = resize_dimensions(width, height, **VAE_LIMITS)
+        assert resize_dimensions(*once, **VAE_LIMITS) == once
+
+
+def test_alpha_is_white_except_for_la():
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert rgb_on_white(clear).getpixel((0, 0)) == (255, 255, 255)
+    gray = Image.new("LA", (2, 2), (7, 0))
+    assert rgb_on_white(gray).getpixel((0, 0)) == (7, 7, 7)
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([9, 8, 7] + [0] * 765)
+    assert rgb_on_white(palette).getpixel((0, 0)) == (9, 8, 7)
+    palette.info["transparency"] = 0
+    assert rgb_on_white(palette).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_tensor_and_picture_are_inverse():
+    image = picture()
+    pixels = image_to_tensor(image)
+    assert pixels.shape == (3, 80, 120) and pixels.dtype == torch.float32
+    assert pixels.min() >= -1 and pixels.max() <= 1
+    # Truncation turns a value that float32 put just below an integer into the next lower one, as released.
+    difference = np.asarray(image).astype(int) - np.asarray(tensor_to_pil(pixels)).astype(int)
+    assert difference.min() >= 0 and difference.max() <= 1
+
+
+def test_picture_values_are_truncated_and_clamped():
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.9999, 1.0, 3.0]).expand(3, 1, 6)
+    assert np.asarray(tensor_to_pil(pixels))[0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+    assert np.asarray(unit_tensor_to_pil(pixels.bfloat16()))[0, :, 0].tolist() == [0, 0, 0, 255, 255, 255]
+
+
+def test_patches_are_row_by_row_with_the_channel_fastest():
+    pixels = torch.arange(3 * 4 * 6).view(3, 4, 6).float()
+    patches = patchify(pixels, 2)
+    assert patches.shape == (2 * 3, 2 * 2 * 3)
+    assert patches[0].tolist() == pixels[:, :2, :2].permute(1, 2, 0).flatten().tolist()
+    assert patches[1].tolist() == pixels[:, :2, 2:4].permute(1, 2, 0).flatten().tolist()
+    assert patches[3].tolist() == pixels[:, 2:, :2].permute(1, 2, 0).flatten().tolist()
+    with pytest.raises(ValueError, match=r"4x6.*patch_size=4"):
+        patchify(pixels, 4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def test_all_kinds_of_sources_give_the_same_picture(tmp_path, monkeypatch):
+    image = picture()
+    path = tmp_path / "picture.png"
+    image.save(path)
+    data = png(image)
+    encoded = base64.b64encode(data).decode()
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: BytesIO(data))
+    array = np.asarray(image)
+    sources = {
+        "path": str(path),
+        "path object": path,
+        "url": "https://example.com/picture.png",
+        "data uri": f"data:image/png;base64,{encoded}",
+        "base64": encoded,
+        "base64 in lines": base64.encodebytes(data).decode(),
+        "bytes": data,
+        "picture": image,
+        "array": array,
+        "array of floats": array.astype(np.float64) / 255,
+        "array, channels first": np.moveaxis(array, -1, 0),
+        "tensor": torch.from_numpy(array.copy()).permute(2, 0, 1),
+        "tensor of floats": torch.from_numpy(array.copy()).permute(2, 0, 1) / 255,
+        "tensor, channels last": torch.from_numpy(array.copy()),
+    }
+    for kind, source in sources.items():
+        loaded = load_image(source)
+        assert loaded.mode == "RGB" and same(loaded, image), kind
+
+
+def test_gray_and_alpha_arrays_are_pictures_too():
+    gray = np.asarray(picture(mode="L"))
+    assert same(load_image(gray), load_image(gray[..., None]))
+    assert same(load_image(torch.from_numpy(gray.copy())), load_image(gray))
+    rgba = np.asarray(picture(mode="RGBA"))
+    assert same(load_image(rgba), rgb_on_white(Image.fromarray(rgba)))
+
+
+def test_orientation_from_the_camera_is_applied(tmp_path):
+    image = picture(40, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert same(load_image(tmp_path / "turned.png"), image.transpose(Image.Transpose.ROTATE_270))
+
+
+def test_missing_empty_foreign_and_truncated_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such picture file: nowhere/cat\.png"):
+        load_image("nowhere/cat.png")
+    with pytest.raises(FileNotFoundError, match="no such picture file: cats"):
+        load_image("cats")  # valid base64
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(OSError, match=r"empty\.png is empty"):
+        load_image(str(tmp_path / "empty.png"))
+    (tmp_path / "text.png").write_text("no picture at all")
+    with pytest.raises(OSError, match=r"text\.png is not a picture"):
+        load_image(str(tmp_path / "text.png"))
+    whole = png(picture())
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match=r"half\.png is truncated"):
+        load_image(str(tmp_path / "half.png"))
+    jpeg = BytesIO()
+    picture().save(jpeg, "JPEG")
+    (tmp_path / "half.jpg").write_bytes(jpeg.getvalue()[:-1000])
+    with pytest.raises(OSError, match=r"half\.jpg is truncated"):
+        load_image(str(tmp_path / "half.jpg"))
+    with pytest.raises(OSError, match="is empty"):
+        load_image("data:image/png;base64,")
+    with pytest.raises(TypeError, match="not <class 'int'>"):
+        load_image(3)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of any size without a single pixel in it."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return data + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(13000, 14000), (50000, 60000)])  # Pillow refuses the second by itself
+def test_too_many_pixels_are_refused_before_decoding(tmp_path, size):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(*size))
+    with pytest.raises(ValueError, match=rf"bomb\.png.*{size[0] * size[1]}.*max_input_pixels=178956970"):
+        load_image(str(path))
+
+
+def test_the_limit_on_pixels_is_a_setting():
+    with pytest.raises(ValueError, match="120x80 = 9600 pixels, more than max_input_pixels=9599"):
+        BagelImageProcessor(max_input_pixels=9599)(picture())
+    assert BagelImageProcessor(max_input_pixels=9600)(picture())["image_grid_hw"].shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((0, 5, 3), np.uint8), "no pixels"),
+        (Image.new("RGB", (0, 5)), "0x5"),
+        (np.full((4, 4, 3), 255.0), r"spans \[255.0, 255.0\]"),
+        (torch.full((3, 4, 4), float("nan")), "spans"),
+        (np.zeros((4, 4, 3), np.int64), "not int64"),
+        (np.zeros((5, 5, 2), np.uint8), r"not \(5, 5, 2\)"),
+        (np.zeros((2, 3, 4, 4), np.uint8), r"not \(2, 3, 4, 4\)"),
+    ],
+)
+def test_arrays_that_are_no_pictures_are_refused(array, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(array)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The processor
+
+
+def test_a_read_image_has_no_latent_view():
+    features = BagelImageProcessor(**TINY)(picture())
+    assert features.keys() == {"pixel_values", "image_grid_hw"}
+    rows, columns = features["image_grid_hw"][0].tolist()
+    assert features["pixel_values"].shape == (rows * columns, 3 * 14 * 14)
+    assert features["image_grid_hw"].dtype == torch.int64
+
+
+def test_the_vit_reads_an_edited_image_as_the_vae_sees_it():
+    image, processor = picture(500, 120), BagelImageProcessor(**TINY)
+    edited = processor(image, edited=True)
+    size = processor.latent_dimensions(*image.size)
+    latent_view = image.resize(size, Image.Resampling.BICUBIC)
+    assert edited["latent_image_sizes"].tolist() == [[size[1], size[0]]]
+    assert torch.equal(edited["latent_pixel_values"][0], image_to_tensor(latent_view))
+    assert torch.equal(edited["pixel_values"], processor(latent_view)["pixel_values"])
+    assert not torch.equal(edited["pixel_values"], processor(image)["pixel_values"])
+
+
+def test_vae_resize_first_reads_what_the_web_app_reads():
+    image, processor = picture(500, 120), BagelImageProcessor(**TINY)
+    first = processor(image, vae_resize_first=True)
+    assert first.keys() == {"pixel_values", "image_grid_hw"}
+    assert torch.equal(first["pixel_values"], processor(image, edited=True)["pixel_values"])
+    assert processor.vae_resize_first is False  # an override is for one call
+
+
+def test_images_keep_their_order_and_their_own_size():
+    images, processor = [picture(120, 80), picture(60, 200, 1), picture(90, 90, 2)], BagelImageProcessor(**TINY)
+    features = processor([images[:1], images[1:]], edited=[True, False, True], read=[True, True, False])
+    assert features["latent_image_sizes"].tolist() == [[64, 96], [96, 96]]
+    assert features["latent_pixel_values"].shape == (2, 3, 96, 96)
+    assert not features["latent_pixel_values"][0, :, 64:].any()
+    alone = [processor(images[0], edited=True), processor(images[1]), processor(images[2], edited=True, read=False)]
+    assert torch.equal(features["latent_pixel_values"][0, :, :64], alone[0]["latent_pixel_values"][0])
+    assert torch.equal(features["latent_pixel_values"][1], alone[2]["latent_pixel_values"][0])
+    assert torch.equal(features["pixel_values"], torch.cat([one["pixel_values"] for one in alone[:2]]))
+    assert "pixel_values" not in alone[2]
+    batch = np.stack([np.asarray(picture(40, 40, seed)) for seed in range(3)])
+    assert processor(batch)["image_grid_hw"].shape == (3, 2)
+
+
+def test_place_counts_are_known_without_the_picture():
+    processor = BagelImageProcessor()
+    for size in ((640, 480), (37, 512), (2000, 1500)):
+        features = processor(Image.new("RGB", size), edited=True)
+        height, width = features["latent_image_sizes"][0].tolist()
+        assert processor.get_number_of_latent_patches(size[1], size[0]) == height // 16 * (width // 16)
+        assert processor.get_number_of_image_patches(size[1], size[0], edited=True) == len(features["pixel_values"])
+        read = processor(Image.new("RGB", size))
+        assert processor.get_number_of_image_patches(size[1], size[0]) == len(read["pixel_values"])
+
+
+def test_wrong_calls_are_refused():
+    processor = BagelImageProcessor(**TINY)
+    with pytest.raises(ValueError, match="no images"):
+        processor([])
+    with pytest.raises(ValueError, match="edited has 2 entries for 1 images"):
+        processor(picture(), edited=[True, False])
+    with pytest.raises(ValueError, match="neither read nor edited"):
+        processor(picture(), read=False)
+    with pytest.raises(TypeError, match="do_resize"):
+        processor(picture(), do_resize=False)
+    with pytest.raises(ValueError, match='exactly "shortest_edge" and "longest_edge"'):
+        BagelImageProcessor(size={"height": 224, "width": 224})
+
+
+def test_unknown_settings_are_said(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("bagel_repo.image_processing_bagel.logger.warning", warnings.append)
+    BagelImageProcessor(latentsize=3, image_processor_type="BagelImageProcessor")
+    assert len(warnings) == 1 and warnings[0].startswith("BagelImageProcessor has no setting latentsize; it has size,")
+
+
+def test_images_are_fetched_with_their_nesting_and_alpha(tmp_path):
+    Image.new("RGBA", (3, 3), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    fetched = BagelImageProcessor().fetch_images([[str(tmp_path / "clear.png")], []])
+    assert fetched[0][0].getpixel((1, 1)) == (255, 255, 255) and fetched[1] == []
+
+
+def test_numpy_can_be_asked_for():
+    features = BagelImageProcessor(**TINY)(picture(), edited=True, return_tensors="np")
+    assert all(isinstance(value, np.ndarray) for value in features.values())
+
+
+def test_settings_survive_saving(tmp_path):
+    settings = {**TINY, "vae_resize_first": True, "patch_size": 7, "latent_stride": 8, "max_pixels": 9000}
+    settings |= {"max_input_pixels": 10**6, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.5, 0.4, 0.3], "resample": 2}
+    processor = BagelImageProcessor(**settings)
+    processor.save_pretrained(tmp_path)
+    loaded = BagelImageProcessor.from_pretrained(tmp_path)
+    assert loaded.to_dict() == processor.to_dict()
+    assert {name: getattr(loaded, name) for name in settings} == settings
+    for name, value in processor(picture(), edited=True).items():
+        assert torch.equal(value, loaded(picture(), edited=True)[name])
+    assert BagelImageProcessor.from_pretrained(tmp_path, patch_size=14).patch_size == 14
+
+
+def test_defaults_are_the_released_transforms(tmp_path):
+    BagelImageProcessor().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved == {
+        "image_processor_type": "BagelImageProcessor",
+        "size": {"shortest_edge": 224, "longest_edge": 980},
+        "latent_size": {"shortest_edge": 512, "longest_edge": 1024},
+        "patch_size": 14,
+        "latent_stride": 16,
+        "max_pixels": 1806336,
+        "vae_resize_first": False,
+        "max_input_pixels": 178956970,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 3,
+    }
+
+
+def test_auto_image_processor_loads_it_as_remote_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(BagelImageProcessor, "_auto_class", None)
+    BagelImageProcessor.register_for_auto_class()
+    BagelImageProcessor(**TINY).save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded).__name__ == "BagelImageProcessor"
+    expected = BagelImageProcessor(**TINY)(picture(), edited=True)
+    for name, value in loaded(picture(), edited=True).items():
+        assert torch.equal(value, expected[name])

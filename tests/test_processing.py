@@ -1,0 +1,483 @@
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts: what a conversation becomes, against the released contexts where they are at hand, and by equalities."""
+
+import copy
+import json
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import pytest
+import torch
+from bagel_repo.image_processing_bagel import BagelImageProcessor
+from bagel_repo.processing_bagel import ANSWER_SYSTEM_PROMPT, IMAGE_SYSTEM_PROMPT, BagelProcessor
+from bagel_repo.tests.tiny_tokenizer import SPECIAL_TOKENS, build_tiny_tokenizer
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer, Qwen2TokenizerFast
+from transformers.processing_utils import TextKwargs
+
+
+PARITY = Path(__file__).parents[2] / "shared" / "parity"
+ORDERS = json.loads((PARITY / "generate" / "order.json").read_text()) if PARITY.exists() else {}
+needs_parity = pytest.mark.skipif(not PARITY.exists(), reason="the released numbers are not here")
+
+pytestmark = pytest.mark.core
+
+TEMPLATE = (Path(__file__).parents[1] / "chat_template.jinja").read_text()
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+LATENT = "<|vision_start|><|vision_pad|><|vision_end|>"
+
+
+def make_processor(**settings) -> BagelProcessor:
+    tiny = {
+        "size": {"shortest_edge": 42, "longest_edge": 70},
+        "latent_size": {"shortest_edge": 48, "longest_edge": 96},
+    }
+    tokenizer = build_tiny_tokenizer(vocab_size=263)  # a token per character
+    return BagelProcessor(BagelImageProcessor(**tiny | settings), tokenizer, chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def processor() -> BagelProcessor:
+    return make_processor()
+
+
+def picture(width: int = 120, height: int = 80, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def user(*items) -> dict:
+    """A user's message from strings and pictures."""
+    return {"role": "user", "content": [as_item(item) for item in items]}
+
+
+def assistant(*items) -> dict:
+    return user(*items) | {"role": "assistant"}
+
+
+def as_item(item) -> dict:
+    return {"type": "text", "text": item} if isinstance(item, str) else {"type": "image", "image": item}
+
+
+def text(words: str) -> str:
+    return f"<|im_start|>{words}<|im_end|>"
+
+
+def spans(processor: BagelProcessor, input_ids) -> list[tuple[str, int]]:
+    """(kind, tokens) of every span of a row, boundaries counted; what is left open has kind "open"."""
+    found, kind, start = [], None, 0
+    ids = [int(token_id) for token_id in input_ids if token_id != processor.tokenizer.pad_token_id]
+    for index, token_id in enumerate(ids):
+        if token_id in (processor.bos_token_id, processor.vision_start_token_id):
+            kind, start = "text", index
+        elif token_id == processor.image_token_id:
+            kind = "vit"
+        elif token_id == processor.latent_token_id:
+            kind = "vae"
+        elif token_id in (processor.eos_token_id, processor.vision_end_token_id):
+            found.append((kind, index + 1 - start))
+            kind, start = None, index + 1
+    return found + ([("open", len(ids) - start)] if start < len(ids) else [])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Against the released contexts
+
+
+@needs_parity
+def test_system_prompts_are_the_released_ones():
+    released = json.loads((PARITY / "generate" / "tokenizer_standin.json").read_text())
+    assert released["vlm_think_system_prompt"] == ANSWER_SYSTEM_PROMPT
+    assert released["gen_think_system_prompt"] == IMAGE_SYSTEM_PROMPT
+
+
+@needs_parity
+@pytest.mark.parametrize("name", ORDERS)
+def test_conversations_become_the_released_contexts(name):
+    case = json.loads((PARITY / "generate" / f"order_{name}.json").read_text())
+    understanding = ORDERS[name].get("understanding")
+    files = iter(case.get("image_files", []))
+    items = [Image.open(PARITY / next(files)) if item == "<image>" else item for item in case["inputs"]]
+    processor = make_processor(vae_resize_first=True)  # as the released web app, which these contexts are from
+    inputs = processor.apply_chat_template(
+        [user(*items)],
+        generation_mode="text" if understanding else "image",
+        think=case["think"],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+    segments = ORDERS[name]["contexts"]["gen"]["segments"]
+    if case["think"] and not understanding:
+        segments = segments[:-1]  # the plan, which the model writes
+    expected = [(segment["kind"], segment["num_tokens"]) for segment in segments]
+    assert spans(processor, inputs["input_ids"][0]) == expected + ([("open", 1)] if understanding else [])
+    grids = {kind: [segment["grid_hw"] for segment in segments if segment["kind"] == kind] for kind in ("vit", "vae")}
+    assert [list(grid) for grid in inputs.get("image_grid_hw", [])] == grids["vit"]
+    assert [(size // 16).tolist() for size in inputs.get("latent_image_sizes", [])] == grids["vae"]
+    decoded = processor.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
+    written = "".join(chr(i) for s in segments if s["kind"] == "text" for i in s["token_ids"] if i < 256)
+    assert decoded == written
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Conversations to prompts
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, IMAGE + text("hi") + "<|im_start|>"),
+        ({"generation_mode": "image"}, LATENT + IMAGE + text("hi")),
+        ({"generation_mode": "image", "add_generation_prompt": True}, LATENT + IMAGE + text("hi")),  # a pipeline's
+        ({"generation_mode": "interleaved"}, LATENT + IMAGE + text("hi") + "<|im_start|>"),
+        ({"add_generation_prompt": False}, IMAGE + text("hi")),
+        ({"edit": True}, LATENT + IMAGE + text("hi") + "<|im_start|>"),
+        ({"edit": False, "generation_mode": "image"}, IMAGE + text("hi")),
+        ({"think": True}, text(ANSWER_SYSTEM_PROMPT) + IMAGE + text("hi") + "<|im_start|>"),
+        ({"think": True, "generation_mode": "image"}, text(IMAGE_SYSTEM_PROMPT) + LATENT + IMAGE + text("hi")),
+        (
+            {"think": True, "generation_mode": "interleaved"},
+            text(IMAGE_SYSTEM_PROMPT) + LATENT + IMAGE + text("hi") + "<|im_start|>",
+        ),
+    ],
+)
+def test_options_of_the_template(processor, options, expected):
+    conversation = [user(picture(), "hi")]
+    assert processor.apply_chat_template(conversation, **options) == expected
+    assert processor.apply_chat_template([conversation, conversation], **options) == [expected] * 2
+
+
+def test_the_template_works_without_the_processor():
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    render = environment.from_string(TEMPLATE).render
+    conversation = [user("a", picture())]
+    assert render(messages=conversation) == text("a") + IMAGE
+    assert render(messages=conversation, add_generation_prompt=True) == text("a") + IMAGE + "<|im_start|>"
+    assert render(messages=conversation, generation_mode="image") == text("a") + LATENT + IMAGE
+    assert render(messages=conversation, edit=True) == text("a") + LATENT + IMAGE
+    assert render(messages=conversation, think=True) == text(ANSWER_SYSTEM_PROMPT) + text("a") + IMAGE
+    assert render(messages=conversation, think=True, generation_mode="image").startswith(text(IMAGE_SYSTEM_PROMPT))
+
+
+def test_every_text_is_a_span_and_roles_are_not_written(processor):
+    conversation = [
+        {"role": "system", "content": "be brief"},
+        user("one", "two", picture(), " three\n"),
+        {"role": "assistant", "content": "four"},
+        {"role": "user", "content": [{"type": "text", "text": "five"}]},
+    ]
+    expected = text("be brief") + text("one") + text("two") + IMAGE + text(" three\n") + text("four") + text("five")
+    assert processor.apply_chat_template(conversation) == expected + "<|im_start|>"
+
+
+def test_images_the_model_drew_are_seen_by_both(processor):
+    conversation = [user("draw"), assistant("here", picture()), user(picture(), "and this?")]
+    expected = text("draw") + text("here") + LATENT + IMAGE + IMAGE + text("and this?") + "<|im_start|>"
+    assert processor.apply_chat_template(conversation) == expected
+
+
+def test_an_answered_conversation_is_left_as_it_is(processor):
+    answered = [user("hi"), assistant("hello")]
+    assert processor.apply_chat_template(answered) == text("hi") + text("hello")
+    assert processor.apply_chat_template(answered, add_generation_prompt=True).endswith(text("hello") + "<|im_start|>")
+    with pytest.raises(ValueError, match="add_generation_prompt"):
+        processor.apply_chat_template([answered, answered[:1]])
+
+
+def test_final_message_can_be_continued(processor):
+    for content in ("I think ", [as_item("I think ")]):
+        conversation = [user("hi"), {"role": "assistant", "content": content}]
+        for options in ({}, {"add_generation_prompt": False}):
+            prompt = processor.apply_chat_template(conversation, continue_final_message=True, **options)
+            assert prompt == text("hi") + "<|im_start|>I think "
+
+
+def test_a_template_without_our_variables_can_be_used(processor):
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    conversation = [{"role": "user", "content": "hi"}]
+    inputs = processor.apply_chat_template(conversation, template, tokenize=True, return_dict=True)
+    assert processor.decode(inputs["input_ids"][0]) == "hi"
+
+
+def test_conversations_are_not_changed(processor):
+    conversation = [user(picture(), "hi"), assistant("yes")]
+    before = copy.deepcopy(conversation)
+    processor.apply_chat_template(conversation, tokenize=True, return_dict=True, generation_mode="image")
+    processor.apply_chat_template(conversation, continue_final_message=True)
+    assert conversation == before
+
+
+def test_wrong_conversations_are_refused(processor):
+    with pytest.raises(ValueError, match="'video'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}])
+    with pytest.raises(ValueError, match="text, image, interleaved, not 'audio'"):
+        processor.apply_chat_template([user("hi")], generation_mode="audio")
+    with pytest.raises(TypeError, match="not None"):
+        processor.apply_chat_template([{"role": "user", "content": None}])
+    with pytest.raises(ValueError, match="its string under 'text'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "text"}]}])
+    for empty in ([], [[]]):
+        with pytest.raises(ValueError, match="at least one"):
+            processor.apply_chat_template(empty)
+    with pytest.raises(ValueError, match="collator"):
+        processor.apply_chat_template([user("hi")], return_assistant_tokens_mask=True, tokenize=True, return_dict=True)
+
+
+def test_openai_image_urls_are_images(processor, tmp_path):
+    picture().save(tmp_path / "picture.png")
+    item = {"type": "image_url", "image_url": {"url": str(tmp_path / "picture.png")}}
+    conversation = [{"role": "user", "content": [item, {"type": "text", "text": "hi"}]}]
+    inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True)
+    assert torch.equal(inputs["pixel_values"], processor.image_processor(picture())["pixel_values"])
+
+
+@pytest.mark.skipif("sanitize_control_tokens" not in TextKwargs.__annotations__, reason="a newer transformers has it")
+def test_special_tokens_of_untrusted_text_can_be_made_plain(processor):
+    conversation = [user("<|im_end|><|image_pad|>", picture(), "<|vision_start|><|vision_pad|><|vision_end|>")]
+    inputs = processor.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, return_tensors="pt", sanitize_control_tokens=True
+    )
+    kinds = [kind for kind, _ in spans(processor, inputs["input_ids"][0])]
+    assert kinds == ["text", "vit", "text", "open"]
+    assert processor.decode(inputs["input_ids"][0]).count("<|image_pad|>") == len(inputs["pixel_values"]) + 1
+
+
+def test_special_tokens_of_trusted_text_keep_their_meaning(processor):
+    prompt = processor.apply_chat_template([user("a<|im_end|><|im_start|>b")])
+    assert prompt == text("a") + text("b") + "<|im_start|>"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Texts and images to tensors
+
+
+def test_places_match_the_image_tensors(processor):
+    inputs = processor(picture(), LATENT + IMAGE + text("hi"), return_tensors="pt")
+    rows, columns = inputs["image_grid_hw"][0].tolist()
+    height, width = inputs["latent_image_sizes"][0].tolist()
+    latents = (height // 16) * (width // 16)
+    assert spans(processor, inputs["input_ids"][0]) == [("vae", latents + 2), ("vit", rows * columns + 2), ("text", 4)]
+    assert inputs.keys() == {"attention_mask", "input_ids", *processor.image_processor.model_input_names}
+    assert inputs["input_ids"].dtype == torch.int64 and inputs["attention_mask"].all()
+
+
+def test_bare_placeholders_are_wrapped(processor):
+    image = picture()
+    for bare, written in [
+        ("<|image_pad|>", IMAGE),
+        ("<|vision_pad|><|image_pad|>", LATENT + IMAGE),
+        ("<|vision_start|><|vision_pad|><|image_pad|><|vision_end|>", LATENT + IMAGE),
+        ("<|vision_pad|>", LATENT),
+    ]:
+        left, right = processor(image, bare + text("hi")), processor(image, written + text("hi"))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_lone_latent_placeholder_is_for_the_vae_only(processor):
+    inputs = processor([picture(), picture(60, 200)], LATENT + text("and") + IMAGE)
+    assert len(inputs["latent_image_sizes"]) == 1 and len(inputs["image_grid_hw"]) == 1
+    assert [kind for kind, _ in spans(processor, inputs["input_ids"][0])] == ["vae", "text", "vit"]
+
+
+def test_batches_are_padded_on_the_left(processor):
+    texts = [IMAGE + text("hi"), text("a longer text without any image, really"), LATENT + IMAGE + text("x")]
+    images = [picture(), picture(60, 200, 1)]
+    batch = processor(images, texts)
+    alone = [processor(images[0], texts[0]), processor(None, texts[1]), processor(images[1], texts[2])]
+    for ids, mask, one in zip(batch["input_ids"], batch["attention_mask"], alone):
+        assert torch.equal(ids[mask.bool()], one["input_ids"][0])
+        assert mask.tolist() == sorted(mask.tolist())
+    assert torch.equal(batch["pixel_values"], torch.cat([alone[0]["pixel_values"], alone[2]["pixel_values"]]))
+    nested = processor([[images[0]], [], [images[1]]], texts)
+    assert all(torch.equal(batch[name], nested[name]) for name in batch)
+
+
+def test_batched_conversations_are_the_single_ones(processor):
+    conversations = [[user(picture(), "what?")], [user("who?")], [user("a", picture(60, 200, 1), picture(50, 50, 2))]]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "generation_mode": "image"}
+    batch = processor.apply_chat_template(conversations, **options)
+    alone = [processor.apply_chat_template(conversation, **options) for conversation in conversations]
+    for ids, mask, one in zip(batch["input_ids"], batch["attention_mask"], alone):
+        assert torch.equal(ids[mask.bool()], one["input_ids"][0])
+    assert torch.equal(batch["pixel_values"], torch.cat([one["pixel_values"] for one in (alone[0], alone[2])]))
+    assert len(batch["latent_image_sizes"]) == 3
+
+
+def test_raw_text_is_left_as_it_is(processor):
+    assert processor.decode(processor(text="hi there")["input_ids"][0]) == "hi there"
+
+
+def test_images_and_places_must_match(processor):
+    with pytest.raises(ValueError, match="places for 1 images, but 2 were given"):
+        processor([picture(), picture()], IMAGE)
+    with pytest.raises(ValueError, match="places for 2 images, but 0 were given"):
+        processor(text=IMAGE + text("and") + IMAGE)
+    with pytest.raises(ValueError, match=r"places for 0 images, but 1 were given.*image_pad"):
+        processor(picture(), text("hi"))
+    with pytest.raises(ValueError, match="text 1 has places for 0 images, but 1"):
+        processor([[picture()], [picture()]], [IMAGE, text("hi")])
+    with pytest.raises(ValueError, match="2 texts but lists of images for 1"):
+        processor([[picture()]], [IMAGE, text("hi")])
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", text(""), text(" ") + "<|im_start|>", ["hi", ""]])
+def test_empty_prompts_are_refused(processor, prompt):
+    with pytest.raises(ValueError, match="empty"):
+        processor(text=prompt)
+
+
+def test_wrong_calls_are_refused(processor):
+    with pytest.raises(ValueError, match="empty"):
+        processor()
+    with pytest.raises(ValueError, match="empty"):
+        processor(images=[])
+    with pytest.raises(ValueError, match="string or a list of strings"):
+        processor(text=[["hi"]])
+    with pytest.raises(ValueError, match="no videos"):
+        processor(text="hi", videos=["a.mp4"])
+    for unknown in ({"pading": True}, {"do_resize": False}, {"text_kwargs": {"foo": 1}}, {"images_kwargs": {"foo": 1}}):
+        with pytest.raises(TypeError, match="has no keyword"):
+            processor(text="hi", **unknown)
+    with pytest.raises(TypeError, match="has no keyword"):
+        processor.apply_chat_template([user("hi")], tokenize=True, return_dict=True, generaton_mode="image")
+    with pytest.raises(ValueError, match="drop edited and read"):
+        processor(picture(), IMAGE, edited=True)
+
+
+def test_truncation_may_cut_text_but_no_image(processor):
+    words = text("a rather long question")
+    assert processor(text=words, truncation=True, max_length=5)["input_ids"].shape == (1, 5)
+    whole = processor(picture(), IMAGE + words)["input_ids"]
+    places = int((whole == processor.image_token_id).sum())
+    kept = processor(picture(), IMAGE + words, truncation=True, max_length=places + 2)["input_ids"]
+    assert torch.equal(kept, whole[:, : places + 2])
+    for max_length in (places + 1, places, 3, 1):
+        with pytest.raises(
+            ValueError, match=f"of {places} <.image_pad.> places .* {max_length} tokens; raise max_length"
+        ):
+            processor(picture(), IMAGE + words, truncation=True, max_length=max_length)
+
+
+def test_keywords_reach_the_tokenizer_and_the_image_processor(processor):
+    inputs = processor(picture(), IMAGE + "hi", padding="max_length", max_length=40, padding_side="right")
+    assert inputs["input_ids"].shape == (1, 40) and not inputs["attention_mask"][0, -1]
+    first = processor(picture(500, 120), IMAGE, vae_resize_first=True)
+    nested = processor(
+        picture(500, 120), IMAGE, images_kwargs={"vae_resize_first": True}, text_kwargs={"padding": False}
+    )
+    assert torch.equal(first["pixel_values"], nested["pixel_values"])
+    assert not torch.equal(first["pixel_values"], processor(picture(500, 120), IMAGE)["pixel_values"])
+    from_chat = processor.apply_chat_template(
+        [user(picture(500, 120))], tokenize=True, return_dict=True, processor_kwargs={"vae_resize_first": True}
+    )
+    assert torch.equal(first["pixel_values"], from_chat["pixel_values"])
+    assert isinstance(processor(text="hi", return_tensors="np")["input_ids"], np.ndarray)
+    assert processor(text="hi", return_tensors=None)["input_ids"][0] == processor.tokenizer("hi")["input_ids"]
+
+
+def test_replaced_placeholders_can_be_located(processor):
+    texts = ["hi" + LATENT + IMAGE + "you <|image_pad|>", "no image"]
+    inputs = processor([picture(), picture(60, 200)], texts, return_text_replacement_offsets=True, padding=True)
+    decoded = processor.tokenizer.batch_decode(inputs["input_ids"])[0]
+    for offset, placeholder in zip(inputs["text_replacement_offsets"][0], (LATENT + IMAGE, "<|image_pad|>")):
+        assert decoded[slice(*offset["new_span"])] == offset["replacement"]
+        assert texts[0][slice(*offset["span"])] == offset["text"] == placeholder
+    assert inputs["text_replacement_offsets"][1] == []
+
+
+def test_padding_side_of_the_tokenizer_does_not_matter():
+    processor = make_processor()
+    processor.tokenizer.padding_side = processor.tokenizer.init_kwargs["padding_side"] = "right"
+    assert processor(text=["hi", "hi there"])["attention_mask"][0].tolist() == [0] * 6 + [1] * 2
+
+
+def test_images_alone_are_the_image_processor(processor):
+    alone, expected = processor(picture(), edited=True), processor.image_processor(picture(), edited=True)
+    assert alone.keys() == expected.keys()
+    assert all(torch.equal(alone[name], expected[name]) for name in alone)
+
+
+def test_model_input_names_are_what_comes_out(processor):
+    assert set(processor.model_input_names) == processor(picture(), LATENT + IMAGE).keys()
+
+
+def test_a_tokenizer_without_the_special_tokens_is_refused():
+    with pytest.raises(ValueError, match=r"the tokenizer has no <\|im_start\|>"):
+        BagelProcessor(BagelImageProcessor(), Qwen2TokenizerFast(vocab={"<|endoftext|>": 0}, merges=[]))
+    with pytest.raises(TypeError, match="tokenizer"):
+        BagelProcessor(BagelImageProcessor())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Generated outputs
+
+
+def test_token_ids_are_decoded(processor):
+    ids = processor(text=[text("hi"), text("hello")])["input_ids"]
+    assert processor.post_process_multimodal_output(ids) == ["hi", "hello"]
+    assert processor.post_process_multimodal_output(ids[1], generation_mode="text") == ["hello"]
+    assert processor.post_process_image_text_to_text(ids.tolist(), skip_special_tokens=False)[1] == text("hello")
+
+
+def test_pictures_and_pixels_are_pictures(processor):
+    image = picture()
+    assert processor.post_process_multimodal_output([image], generation_mode="image") == [image]
+    pixels = torch.rand(2, 3, 8, 16)
+    pictures = processor.post_process_multimodal_output(pixels, generation_mode="image")
+    assert [one.size for one in pictures] == [(16, 8)] * 2
+    assert np.asarray(pictures[1]).tolist() == (pixels[1].permute(1, 2, 0) * 255).byte().tolist()
+    assert len(processor.post_process_multimodal_output(list(pixels), generation_mode="image")) == 2
+
+
+def test_interleaved_outputs_keep_their_order(processor):
+    image, ids = picture(), processor(text=text("hi"))["input_ids"][0]
+    outputs = processor.post_process_multimodal_output(
+        [[ids, image, ids.tolist(), []], [torch.rand(3, 4, 4)]], generation_mode="interleaved"
+    )
+    assert outputs[0] == ["hi", image, "hi", ""]
+    assert outputs[1][0].size == (4, 4)
+    with pytest.raises(ValueError, match="not 'audio'"):
+        processor.post_process_multimodal_output([ids], generation_mode="audio")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+
+
+def test_tiny_tokenizer_loads_without_remote_code(tmp_path):
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    words = text("What is in the picture? ça 水") + IMAGE
+    assert loaded(words)["input_ids"] == tokenizer(words)["input_ids"]
+    assert loaded.decode(loaded(words)["input_ids"]) == words
+    ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    assert ids == list(range(len(tokenizer) - len(SPECIAL_TOKENS), len(tokenizer)))
+    assert len(tokenizer(text("What is in the picture?"))["input_ids"]) < len("What is in the picture?")
+    assert build_tiny_tokenizer().get_vocab() == tokenizer.get_vocab()
+
+
+def test_auto_processor_loads_it_as_remote_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(BagelProcessor, "_auto_class", None)
+    monkeypatch.setattr(BagelImageProcessor, "_auto_class", None)
+    BagelProcessor.register_for_auto_class()
+    BagelImageProcessor.register_for_auto_class()
+    processor = make_processor(max_pixels=3000)
+    processor.save_pretrained(tmp_path)
+    assert {"processing_bagel.py", "image_processing_bagel.py"} <= {path.name for path in tmp_path.iterdir()}
+
+    loaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded).__name__ == "BagelProcessor" and type(loaded) is not BagelProcessor
+    assert loaded.chat_template == TEMPLATE
+    conversation = [user(picture(), "make it night"), assistant("ok", picture(60, 200, 1)), user("again")]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "think": True}
+    for mode in ("text", "image", "interleaved"):
+        expected = processor.apply_chat_template(conversation, generation_mode=mode, **options)
+        inputs = loaded.apply_chat_template(conversation, generation_mode=mode, **options)
+        assert inputs.keys() == expected.keys()
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True, patch_size=7).image_processor.patch_size == 7
