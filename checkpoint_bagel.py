@@ -1,3 +1,640 @@
-def check_checkpoint(cls,path,config,kwargs): return config,kwargs
-def register_released_vae_names(*a): pass
-def refuse_missing_weights(*a): pass
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What stands in checkpoint files: their headers, the names of their tensors, and whether they fit a model; no modules.
+
+Two layouts exist. The released one has `ema.safetensors`, whose names are ours, and `ae.safetensors`, the VAE under
+names of its own. Ours, written by `save_pretrained`, has everything under module names. Both load, in any mixture.
+
+Everything here is decided from file headers, before a tensor is read. "Released name" is a name of `ae.safetensors`,
+"module name" one of the model's `state_dict`.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.utils import logging
+
+from .configuration_bagel import SUB_CONFIG_ALIASES, BagelVAEConfig
+
+
+logger = logging.get_logger(__name__)
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MODEL_FILE = "ema.safetensors"
+VAE_FILE = "ae.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+# Parts of the model by module name; `encoder.` and `decoder.` are the VAE under released names.
+PARTS = {
+    "generation expert (*_moe_gen)": r"_moe_gen\.",
+    "vision tower and connector": r"^(vit_model|connector|vit_pos_embed)\.",
+    "latent embeddings and velocity head": r"^(time_embedder|vae2llm|llm2vae|latent_pos_embed)\.",
+    "VAE": r"^(vae|encoder|decoder)\.",
+    "language model": r"^language_model\.",
+}
+GEN_EXPERT, VISION, LATENTS, VAE, LANGUAGE = PARTS
+
+# Tables that older code stored along and that every model computes for itself.
+COMPUTED_TABLES = r"rotary_emb\.inv_freq$"
+
+ELEMENT_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One file
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a safetensors file: `dtype` as the format spells it, its bytes are file[begin:end]."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor is stored."""
+
+    file: Path
+    info: TensorInfo
+
+
+def read_header(file: str | os.PathLike) -> dict[str, TensorInfo]:
+    """
+    Names, dtypes, shapes and places of the tensors in a safetensors file; reads the header only.
+
+    Raises:
+        OSError: the file is absent, truncated or no safetensors file.
+    """
+    found = os.path.getsize(file)
+    with open(file, "rb") as handle:
+        start, brace = handle.read(8), handle.read(1)
+        header_bytes = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise OSError(f"{file} is a Git LFS pointer of {found} bytes, not the weights: run `git lfs pull`.")
+        if len(start) == 8 and not 2 <= header_bytes <= MAX_HEADER_BYTES:
+            raise _damaged(file, found, f"its first 8 bytes announce a header of {header_bytes} bytes")
+        if brace not in (b"", b"{"):
+            raise _damaged(file, found, f"its header starts with {brace}")
+        if found < 8 + header_bytes or len(start) < 8:
+            raise _truncated(file, found, f"at least {8 + header_bytes}")
+        header = brace + handle.read(header_bytes - 1)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {
+            name: TensorInfo(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                *(8 + header_bytes + offset for offset in entry["data_offsets"]),
+            )
+            for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(file, found, "its header is no table of tensors") from error
+    end = 8 + header_bytes
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].begin):
+        size = ELEMENT_BYTES.get(info.dtype)
+        if info.begin != end or (size is not None and info.end - info.begin != size * math.prod(info.shape)):
+            raise _damaged(file, found, f"the place of {name} does not fit its shape {info.shape}")
+        end = info.end
+    if found < end:
+        raise _truncated(file, found, str(end))
+    if found > end:
+        raise _damaged(file, found, f"its header describes {end} bytes")
+    return tensors
+
+
+def _truncated(file, found: int, expected: str) -> OSError:
+    return OSError(f"{file} is truncated: {found} bytes found, {expected} expected. Download it again.")
+
+
+def _damaged(file, found: int, why: str) -> OSError:
+    return OSError(f"{file} is damaged or no safetensors file: {found} bytes found, but {why}. Download it again.")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Names and shapes of the VAE
+
+# The 1x1 convolutions of the middle attention: (C, C, 1, 1) in released files, linear layers (C, C) in diffusers.
+MID_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+def vae_names(vae_config: BagelVAEConfig) -> list[tuple[str, str]]:
+    """
+    (released name, module name) of every module of the VAE that has parameters.
+
+    The two number the decoder's levels from opposite ends: released `up.0` is the last level, diffusers' `up_blocks.0`
+    the first.
+    """
+    levels = len(vae_config.ch_mult)
+    widths = [vae_config.ch * multiplier for multiplier in vae_config.ch_mult]
+    pairs = []
+    for half in ("encoder", "decoder"):
+        ends = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
+        pairs += [(f"{half}.{released}", f"vae.{half}.{ours}") for released, ours in ends.items()]
+        for index in (0, 1):
+            pairs += _resnet_names(f"{half}.mid.block_{index + 1}", f"vae.{half}.mid_block.resnets.{index}")
+        attention = (f"{half}.mid.attn_1", f"vae.{half}.mid_block.attentions.0")
+        for released, ours in {"norm": "group_norm", **MID_ATTENTION}.items():
+            pairs.append((f"{attention[0]}.{released}", f"{attention[1]}.{ours}"))
+    for level in range(levels):
+        down = (f"encoder.down.{level}", f"vae.encoder.down_blocks.{level}")
+        up = (f"decoder.up.{level}", f"vae.decoder.up_blocks.{levels - 1 - level}")
+        for block in range(vae_config.num_res_blocks):
+            widens = block == 0 and widths[level] != widths[max(level - 1, 0)]
+            pairs += _resnet_names(f"{down[0]}.block.{block}", f"{down[1]}.resnets.{block}", widens)
+        for block in range(vae_config.num_res_blocks + 1):
+            narrows = block == 0 and widths[level] != widths[min(level + 1, levels - 1)]
+            pairs += _resnet_names(f"{up[0]}.block.{block}", f"{up[1]}.resnets.{block}", narrows)
+        if level < levels - 1:
+            pairs.append((f"{down[0]}.downsample.conv", f"{down[1]}.downsamplers.0.conv"))
+        if level > 0:
+            pairs.append((f"{up[0]}.upsample.conv", f"{up[1]}.upsamplers.0.conv"))
+    return pairs
+
+
+def _resnet_names(released: str, ours: str, has_shortcut: bool = False) -> list[tuple[str, str]]:
+    pairs = [(f"{released}.{name}", f"{ours}.{name}") for name in ("norm1", "conv1", "norm2", "conv2")]
+    return pairs + [(f"{released}.nin_shortcut", f"{ours}.conv_shortcut")] * has_shortcut
+
+
+class _VAEStructure(NamedTuple):
+    """What the names depend on; hashable, whichever copy of the config module it came from."""
+
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+
+
+@lru_cache
+def _to_module(structure: _VAEStructure) -> dict[str, str]:
+    return dict(vae_names(structure))
+
+
+@lru_cache
+def _to_released(structure: _VAEStructure) -> dict[str, str]:
+    return {ours: released for released, ours in vae_names(structure)}
+
+
+def to_module_name(released: str, vae_config: BagelVAEConfig) -> str:
+    """The module name of a tensor; a name that the VAE's released files do not have is returned as it is."""
+    return _rename(released, _to_module(_structure(vae_config)))
+
+
+def to_released_name(module_name: str, vae_config: BagelVAEConfig) -> str:
+    """The inverse of [`to_module_name`]: names outside the VAE are returned as they are."""
+    return _rename(module_name, _to_released(_structure(vae_config)))
+
+
+def to_module_shape(module_name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape under a module name: a 1x1 convolution of the VAE's middle attention becomes a linear layer."""
+    shape = tuple(shape)
+    return shape[:2] if _is_mid_linear(module_name) and shape[2:] == (1, 1) else shape
+
+
+def to_released_shape(module_name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The inverse of [`to_module_shape`]; also takes the module name."""
+    shape = tuple(shape)
+    return (*shape, 1, 1) if _is_mid_linear(module_name) and len(shape) == 2 else shape
+
+
+def _structure(vae_config: BagelVAEConfig) -> _VAEStructure:
+    return _VAEStructure(vae_config.ch, tuple(vae_config.ch_mult), vae_config.num_res_blocks)
+
+
+def _rename(name: str, modules: Mapping[str, str]) -> str:
+    module, dot, parameter = name.rpartition(".")
+    return modules.get(module, module) + dot + parameter
+
+
+def _is_mid_linear(module_name: str) -> bool:
+    return re.fullmatch(r"vae\.(en|de)coder\.mid_block\.attentions\.0\.to_\w+(\.0)?\.weight", module_name) is not None
+
+
+class PointwiseConvToLinear(ConversionOps):
+    """(C, C, 1, 1) -> (C, C); a linear weight stays what it is."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        weight = _only(input_dict)
+        return {target_patterns[0]: weight.flatten(1) if weight.ndim == 4 else weight}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return LinearToPointwiseConv()
+
+
+class LinearToPointwiseConv(ConversionOps):
+    """(C, C) -> (C, C, 1, 1), for `save_pretrained(save_original_format=True)`."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        weight = _only(input_dict)
+        return {target_patterns[0]: weight[..., None, None] if weight.ndim == 2 else weight}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return PointwiseConvToLinear()
+
+
+def _only(input_dict: dict) -> torch.Tensor:
+    (tensors,) = input_dict.values()
+    return tensors[0] if isinstance(tensors, list) else tensors
+
+
+def register_released_vae_names(class_name: str, vae_config: BagelVAEConfig) -> None:
+    """
+    Make transformers load released VAE names into a class; module names go on loading.
+
+    Registered anew for each load, because the names depend on the config.
+    """
+    transforms = []
+    for released, ours in vae_names(vae_config):
+        if released.rpartition(".")[2] in MID_ATTENTION:
+            source, target = f"^{re.escape(released)}\\.", f"{ours}."
+            transforms.append(WeightRenaming(source + "bias", target + "bias"))
+            transforms.append(WeightConverter(source + "weight", target + "weight", [PointwiseConvToLinear()]))
+        else:
+            transforms.append(WeightRenaming(f"^{re.escape(released)}\\.", f"{ours}."))
+    register_checkpoint_conversion_mapping(class_name, transforms, overwrite=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The files of a directory
+
+
+def checkpoint_files(directory: str | os.PathLike, variant: str | None = None, named: str | None = None) -> list[Path]:
+    """
+    The safetensors files that a checkpoint in a directory consists of, found as transformers finds them.
+
+    Args:
+        variant: as in `from_pretrained`. named: a file or index to take instead of the usual names.
+
+    Raises:
+        OSError: there are none, there are only pickles, or an index names a file that is not there.
+    """
+    folder = Path(directory)
+    single, index = (folder / _with_variant(name, variant) for name in (WEIGHTS_NAME, INDEX_NAME))
+    if named is not None:
+        single = index = folder / named
+    if single.is_file() and not single.name.endswith(".json"):
+        return [single]
+    if index.is_file():
+        return _files_of_index(index)
+    raise OSError(_nothing_to_load(folder, single.name, index.name))
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, suffix = name.rsplit(".", 1)
+    return f"{stem}.{variant}.{suffix}" if variant else name
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OSError(f"{index} is no index of weights: it needs a JSON table `weight_map`.") from error
+    if absent := [name for name in names if not (index.parent / name).is_file()]:
+        raise OSError(f"{index} names {_some(absent)}, which {_is_are(absent)} not in {index.parent}: download again.")
+    return [index.parent / name for name in names]
+
+
+def _nothing_to_load(folder: Path, single: str, index: str) -> str:
+    present = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if MODEL_FILE in present:
+        return f"{folder} is in the released layout. Run `python convert_bagel.py adopt {folder}` once, then load it."
+    if pickles := [name for name in present if name.endswith(PICKLES)]:
+        return (
+            f"{folder} holds its weights as pickles ({_some(pickles)}). They are refused, because reading a pickle "
+            f"runs code from the file. Convert them to safetensors (`safetensors.torch.save_file`) as {single}."
+        )
+    if "adapter_config.json" in present:
+        return f"{folder} holds an adapter, no model: load it on its base model, `merge_and_unload()` and save that."
+    others = [name for name in present if name.endswith(".safetensors")]
+    return f"{folder} holds no weights: neither {single} nor {index}." + (f" It has {_some(others)}." if others else "")
+
+
+def read_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """All tensors of some files by the names they are stored under; the last file wins, as in transformers."""
+    return {name: StoredTensor(file, info) for file in files for name, info in read_header(file).items()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Does it fit?
+
+
+class ExpectedTensors(NamedTuple):
+    """Shapes by module name, and the names that may be absent because they are tied to others."""
+
+    shapes: dict[str, tuple[int, ...]]
+    tied: set[str]
+
+
+def expected_tensors(model_class: type[nn.Module], config: PreTrainedConfig) -> ExpectedTensors:
+    """What a model of this config is made of; it is built without memory and without initialising anything."""
+    with torch.device("meta"), init.no_init_weights(), init.no_tie_weights():
+        model = model_class(copy.deepcopy(config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return ExpectedTensors(shapes, set(model.all_tied_weights_keys))
+
+
+def switched_off_parts(config: PreTrainedConfig) -> list[str]:
+    """Patterns of the tensors that a checkpoint may hold although a model of this config has no place for them."""
+    parts = []
+    if config.text_config.layer_module == "Qwen2DecoderLayer":
+        parts.append(PARTS[GEN_EXPERT])
+    if not config.visual_und:
+        parts.append(PARTS[VISION])
+    if not config.visual_gen:
+        parts += [PARTS[LATENTS], PARTS[VAE]]
+    return parts
+
+
+def check_tensors(
+    model_class: type[nn.Module],
+    config: PreTrainedConfig,
+    tensors: Mapping[str, StoredTensor],
+    ignore_mismatched_sizes: bool = False,
+) -> None:
+    """
+    Compare what is stored with what a model of this config consists of.
+
+    Raises:
+        ValueError: tensors are missing, have other shapes, or belong to another model; one error for all of them.
+    """
+    expected = expected_tensors(model_class, config)
+    stored = {to_module_name(name, config.vae_config): (name, tensor) for name, tensor in tensors.items()}
+    missing = [name for name in expected.shapes if name not in stored and name not in expected.tied]
+    foreign = _foreign([name for name in stored if name not in expected.shapes], config)
+    mismatched = {}
+    for name in expected.shapes.keys() & stored.keys():
+        shape = to_module_shape(name, stored[name][1].info.shape)
+        if shape != expected.shapes[name] and not ignore_mismatched_sizes:
+            mismatched[name] = (*stored[name], expected.shapes[name])
+    if not (missing or foreign or mismatched):
+        return
+    files = sorted({tensor.file for tensor in tensors.values()})
+    where = f"{files[0].parent} ({_some([file.name for file in files])})" if files else "The checkpoint, an empty file,"
+    problems = [
+        *_describe_mismatched(mismatched),
+        *_describe_missing(missing, expected.shapes),
+        *_describe_foreign([stored[name][0] for name in foreign], config),
+    ]
+    raise ValueError("\n- ".join([f"{where} does not hold the model that the config describes.", *problems]))
+
+
+def _foreign(unexpected: Iterable[str], config: PreTrainedConfig) -> list[str]:
+    tolerated = re.compile("|".join([COMPUTED_TABLES, *switched_off_parts(config)]))
+    return sorted(name for name in unexpected if not tolerated.search(name))
+
+
+def _describe_mismatched(mismatched: Mapping[str, tuple[str, StoredTensor, tuple[int, ...]]]) -> list[str]:
+    problems, hints = [], {}
+    for name in sorted(mismatched):
+        stored_name, (file, info), expected = mismatched[name]
+        problems.append(f"{file}: {stored_name} is {info.shape} in the file, {expected} by the config.")
+        hints[_shape_hint(name, info.shape, expected)] = None
+    if len(problems) > 6:
+        problems = [*problems[:5], f"... and {len(problems) - 5} more tensors have other shapes."]
+    return [*problems[:-1], " ".join([problems[-1], *hints])] if problems else []
+
+
+def _shape_hint(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    if stored[1:] == expected[1:] and stored:
+        file_rows, rows = stored[0], expected[0]
+        file_side, side = math.isqrt(file_rows), math.isqrt(rows)
+        if re.search(r"embed_tokens|lm_head", name):
+            return (
+                f"vocab_size is {file_rows} in the file and {rows} in the config: load with "
+                f'text_config={{"vocab_size": {file_rows}}}, or set vocab_size in config.json.'
+            )
+        if name.startswith("vit_pos_embed."):
+            return (
+                f"vit_max_num_patch_per_side is {file_side} in the file and {side} in the config: load with "
+                f"vit_max_num_patch_per_side={file_side}, or set it in config.json."
+            )
+        if name.endswith("position_embedding.weight"):
+            return f"image_size of the vision config must be {file_side} patches; it is {side}."
+    return "Is the config that of another checkpoint? ignore_mismatched_sizes=True initialises such tensors anew."
+
+
+def _describe_missing(missing: Sequence[str], expected: Iterable[str]) -> list[str]:
+    if not missing:
+        return []
+    expected_parts, missing_parts = _by_part(expected), _by_part(missing)
+    absent = {part for part, names in missing_parts.items() if len(names) == len(expected_parts[part])}
+    parts = ", ".join(f"{len(names)} of the {part}" for part, names in missing_parts.items())
+    text = f"{len(missing)} of {len(set(expected))} tensors are missing: {parts}; {_some(list(missing))}."
+    remedies = []
+    if VISION in absent:
+        remedies.append(
+            "It was saved without its vision tower: copy these tensors from the base checkpoint, or load with "
+            "visual_und=False."
+        )
+    if absent & {GEN_EXPERT, LATENTS}:
+        remedies.append("It cannot draw pictures: load with stage=1 to read only.")
+    elif VAE in absent:
+        remedies.append(
+            f"Its autoencoder, {VAE_FILE} of the base checkpoint, is not part of it: load with stage=1 to read only."
+        )
+    if missing_parts.keys() - absent or LANGUAGE in absent:
+        remedies.append("It is incomplete: download it again, or copy these tensors from the base checkpoint.")
+    return [" ".join([text, *remedies])]
+
+
+def _describe_foreign(foreign: Sequence[str], config: PreTrainedConfig) -> list[str]:
+    if not foreign:
+        return []
+    text = f"{len(foreign)} tensors are of another model: {_some(list(foreign))}."
+    if all(re.search(r"^vit_model\..*\.layers\.\d+\.", name) for name in foreign):
+        text += (
+            f" The config builds {config.num_vit_layers} vision layers: its num_hidden_layers counts the layers of the "
+            "SigLIP checkpoint, one more than are stored."
+        )
+    elif all(re.search(PARTS[VAE], name) for name in foreign):
+        text += " vae_config describes another autoencoder."
+    elif all(re.search(PARTS[GEN_EXPERT], name) for name in foreign):
+        text += f" layer_module={config.text_config.layer_module!r} has fewer experts than the file."
+    return [text]
+
+
+def _by_part(names: Iterable[str]) -> dict[str, list[str]]:
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        part = next((part for part, pattern in PARTS.items() if re.search(pattern, name)), "rest")
+        parts.setdefault(part, []).append(name)
+    return parts
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _is_are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Around `from_pretrained`
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def check_checkpoint(
+    model_class: type[nn.Module],
+    path: str | os.PathLike | None,
+    config: PreTrainedConfig | str | os.PathLike | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """
+    The config to load with, and the arguments left for transformers; refuses a local checkpoint that does not fit.
+
+    Checkpoints on the Hub, quantised ones and `state_dict`s are not opened here: see [`refuse_missing_weights`].
+
+    Args:
+        model_class: the class being loaded. path, config, kwargs: the arguments of its `from_pretrained`.
+
+    Returns:
+        The config (a copy) with all overrides in `kwargs` applied and `max_latent_size` as in the file; `kwargs`
+        without those overrides.
+
+    Raises:
+        OSError: no safetensors weights, or a truncated file. ValueError: see [`check_tensors`].
+    """
+    kwargs = dict(kwargs)
+    if kwargs.get("use_safetensors") is False:
+        raise ValueError(
+            "use_safetensors=False asks for pickled weights. They are refused, because reading a pickle runs code from "
+            "the file: convert them to safetensors."
+        )
+    overrides = {name: kwargs.pop(name) for name in _config_fields(model_class.config_class) if name in kwargs}
+    path = _base_of_adapter(path, kwargs)
+    config = _resolve_config(model_class.config_class, path, config, overrides, kwargs)
+    if path is not None and not kwargs.get("gguf_file"):
+        kwargs["use_safetensors"] = True  # transformers would fall back to pickles
+    files = _files_to_check(path, config, kwargs)
+    if files is not None:
+        tensors = read_tensors(files)
+        if not kwargs.get("ignore_mismatched_sizes"):
+            config.max_latent_size = _stored_latent_side(config, tensors)
+        if kwargs.get("key_mapping") is None:
+            check_tensors(model_class, config, tensors, kwargs.get("ignore_mismatched_sizes", False))
+    return config, kwargs
+
+
+def _config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
+    fields = [field.name for field in dataclasses.fields(config_class) if field.name != "dtype"]
+    return [*fields, *SUB_CONFIG_ALIASES, "output_attentions"]
+
+
+def _base_of_adapter(path: str | os.PathLike | None, kwargs: Mapping[str, Any]) -> str | os.PathLike | None:
+    """A folder with nothing but an adapter stands for the model that the adapter names, as in transformers."""
+    if path is None or not os.path.isdir(path):
+        return path
+    adapter = Path(path, kwargs.get("subfolder") or "", "adapter_config.json")
+    if not adapter.is_file() or Path(path, "config.json").is_file():
+        return path
+    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def _resolve_config(config_class, path, config, overrides, kwargs) -> PreTrainedConfig:
+    if config is None or isinstance(config, str | os.PathLike):
+        source = path if config is None else config
+        if source is None:
+            raise ValueError("Loading from a state_dict needs config=.")
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        return config_class.from_pretrained(source, **hub_kwargs, **overrides)
+    if not overrides:
+        return copy.deepcopy(config)
+    overridden = type(config).from_dict(config.to_dict(), **overrides)
+    overridden._attn_implementation = config._attn_implementation  # not part of the dict
+    return overridden
+
+
+def _files_to_check(path, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> list[Path] | None:
+    if path is None or kwargs.get("state_dict") is not None or kwargs.get("gguf_file"):
+        return None
+    if getattr(config, "quantization_config", None) is not None:
+        return None  # its tensors are those of the quantisation method
+    if os.path.isfile(path):
+        if str(path).endswith(PICKLES):
+            raise OSError(f"{path} is a pickle. Reading it runs code from it, so convert it to safetensors.")
+        return [Path(path)]
+    folder = Path(path, kwargs.get("subfolder") or "")
+    if not os.path.isdir(path) or any(folder.glob("shard-?????-model-*.safetensors")):
+        return None  # on the Hub, or slices of tensors that a distributed run has saved
+    return checkpoint_files(folder, kwargs.get("variant"), getattr(config, "transformers_weights", None))
+
+
+def _stored_latent_side(config: PreTrainedConfig, tensors: Mapping[str, StoredTensor]) -> int:
+    """`max_latent_size` as the stored table has it: released configs and files are known to disagree."""
+    stored = tensors.get("latent_pos_embed.pos_embed")
+    if stored is None or not config.visual_gen:
+        return config.max_latent_size
+    side = math.isqrt(stored.info.shape[0])
+    if side == config.max_latent_size or side**2 != stored.info.shape[0]:
+        return config.max_latent_size
+    logger.warning(
+        f"max_latent_size={config.max_latent_size} in the config, but latent_pos_embed.pos_embed in {stored.file} is "
+        f"{stored.info.shape}, a table of side {side}. Using max_latent_size={side}."
+    )
+    return side
+
+
+def refuse_missing_weights(
+    model: nn.Module, path: str | os.PathLike | None, info: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> None:
+    """
+    After loading: nothing may be missing, foreign, or left without memory.
+
+    Args:
+        model: as loaded from `path`. info: transformers' loading info. kwargs: the arguments it was loaded with.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    problems = _describe_missing(sorted(info["missing_keys"]), model.state_dict())
+    as_stored = getattr(model, "hf_quantizer", None) is None and kwargs.get("key_mapping") is None
+    if as_stored and (foreign := _foreign(info["unexpected_keys"], model.config)):
+        problems += _describe_foreign(foreign, model.config)
+    if unfilled := _unfilled(model):
+        problems.append(f"{len(unfilled)} tensors were given no memory while loading: {_some(unfilled)}.")
+    if problems:
+        source = "The state_dict" if path is None else path
+        raise ValueError("\n- ".join([f"{source} does not hold the model that the config describes.", *problems]))
+
+
+def _unfilled(model: nn.Module) -> list[str]:
+    """Tensors on the meta device that no offload hook brings back from there when they are needed."""
+    unfilled, offloaded = [], set()
+    for module_name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", [hook])
+        if module_name.rpartition(".")[0] in offloaded or any(getattr(each, "offload", False) for each in hooks):
+            offloaded.add(module_name)
+            continue
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.is_meta:
+                unfilled.append(f"{module_name}.{name}".lstrip("."))
+    return unfilled

@@ -250,6 +250,11 @@ class BagelGenerationMixin(GenerationMixin):
         max_think_token_n: int | None,
         return_dict_in_generate: bool,
     ):
+        if prompt.get("pixel_values") is not None and prompt.get("latent_pixel_values") is None:
+            logger.warning_once(
+                "The pictures of this prompt are only read, so the drawing will not keep their details. To edit them, "
+                'make the prompt with apply_chat_template(..., generation_mode="image"), or edit=True in a pipeline.'
+            )
         copies = text_arguments.pop("num_return_sequences", 1) or 1
         input_ids, others = self._expand_inputs_for_generation(
             expand_size=copies, input_ids=prompt["input_ids"], **{k: v for k, v in prompt.items() if k != "input_ids"}
@@ -554,8 +559,10 @@ class BagelGenerationMixin(GenerationMixin):
             raise ValueError("Interleaved generation writes one sequence per prompt; use sampling instead of beams.")
         batch_size = prompt["input_ids"].shape[0]
         rows = [self._row(prompt, row) for row in range(batch_size)]
-        items = [self._converse(row, _row_options(options, k), text_arguments, processor, max_images)
-                 for k, row in enumerate(rows)]
+        items = [
+            self._converse(row, _row_options(options, number), text_arguments, processor, max_images)
+            for number, row in enumerate(rows)
+        ]
         return BagelInterleavedOutput(items=items) if return_dict_in_generate else items
 
     def _converse(
@@ -572,6 +579,7 @@ class BagelGenerationMixin(GenerationMixin):
         text_arguments = dict(text_arguments)
         budget = text_arguments.pop("max_new_tokens", None) or self.generation_config.max_new_tokens or MAX_PLAN_TOKENS
         starts_with_text = int(prompt["input_ids"][0, -1]) == config.bos_token_id
+        sizes = self._picture_sizes(prompt, options)
         conversation = self._read(prompt, options)
         decision = config.bos_token_id if starts_with_text else int(conversation.logits[0].argmax())
         items, drawn = [], 0
@@ -587,13 +595,11 @@ class BagelGenerationMixin(GenerationMixin):
                 text = torch.cat([bos[0], written[: len(text) + 1]])[None]
                 conversation = self._extend(conversation, text, torch.ones_like(text, dtype=torch.bool))
             elif decision == config.vision_start_token_id and drawn < max_images:
-                sizes = self._picture_sizes({**prompt, "input_ids": prompt["input_ids"]}, options)
                 contexts = self._drawing_contexts(conversation, conversation, sizes)
                 latents = self._integrate(contexts, sizes, options)[0]
                 picture = self._finish_picture(latents, sizes[0], "pil")
-                items.append(
-                    picture if options.output_type == "pil" else self._finish_picture(latents, sizes[0], options.output_type)
-                )
+                wanted = options.output_type
+                items.append(picture if wanted == "pil" else self._finish_picture(latents, sizes[0], wanted))
                 drawn += 1
                 conversation = self._read_back(conversation, picture, image_processor, options)
             else:

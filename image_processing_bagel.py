@@ -458,3 +458,6 @@ def _stack_padded(images: list[torch.Tensor]) -> torch.Tensor:
 
 
 __all__ = ["BagelImageProcessor"]
+
+
+BagelImageProcessor.register_for_auto_class()

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, is_torchvision_available
 
 from .attention_bagel import AttentionPlan, BagelAttention, plan_attention
 from .checkpoint_bagel import check_checkpoint, register_released_vae_names, refuse_missing_weights
@@ -306,6 +306,8 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
     `diffusers.AutoencoderKL`. It is built for `visual_gen` only, always frozen, and the one part that needs diffusers.
     """
 
+    # transformers' any-to-any pipeline refuses image models without torchvision; this one needs none
+    input_modalities = ("image", "text") if is_torchvision_available() else ("text",)
     output_modalities = ("text", "image")
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
     accepts_loss_kwargs = False
@@ -527,6 +529,15 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
 
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds (or a training pack with sequence_length).")
+        _check_tensors(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            labels=labels,
+            pixel_values=pixel_values,
+            latent_pixel_values=latent_pixel_values,
+        )
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         pictures = PaddedPictures(
             pixel_values, image_grid_hw, latent_pixel_values, latent_image_sizes, sample_posterior, generator
@@ -815,6 +826,13 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
     def _decode(
         self, inputs_embeds, layout: PackedLayout, attention_mask, past_key_values, **recording
     ) -> BaseModelOutputWithPast:
+        if layout.length > 1 and not torch.compiler.is_compiling():
+            last, limit = int(layout.position_ids.max()), self.config.text_config.max_position_embeddings
+            if last >= limit:
+                raise ValueError(
+                    f"The input reaches position {last}, but max_position_embeddings={limit}: positions from {limit} on were "
+                    "never trained. Shorten the prompt (a picture takes one position, a text token one each)."
+                )
         plan = plan_attention(self.config.text_config, layout, inputs_embeds, attention_mask, past_key_values)
         return self.language_model.model(inputs_embeds, layout, plan, past_key_values, **recording)
 
@@ -957,6 +975,19 @@ def build_vae(config: BagelVAEConfig) -> nn.Module:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+
+
+def _check_tensors(**tensors: torch.Tensor | None) -> None:
+    """One device, ids as integers, features as floats: anything else is refused by name."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    devices = {name: tensor.device for name, tensor in given.items()}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"Inputs lie on different devices: {where}. Move them together: `inputs.to(model.device)`.")
+    for name, tensor in given.items():
+        floats = name in ("inputs_embeds", "pixel_values", "latent_pixel_values")
+        if floats != tensor.is_floating_point() and not (name == "attention_mask" and tensor.ndim == 4):
+            raise ValueError(f"{name} has dtype {tensor.dtype}; it must be {'a floating' if floats else 'an integer'} type.")
 
 
 def _gen_norm(config: BagelTextConfig, present: bool) -> nn.Module | None:

@@ -407,3 +407,6 @@ def _to_picture(picture: Image.Image | torch.Tensor) -> Image.Image:
 
 
 __all__ = ["BagelProcessor"]
+
+
+BagelProcessor.register_for_auto_class()

@@ -1,0 +1,92 @@
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Makes `checkpoints/tiny-random`: a complete BAGEL with random weights, small enough for git, for demo and tests.
+
+    python build_tiny_checkpoint.py [DIRECTORY]
+
+Weights are random, so it answers and draws noise; everything else is real: tokenizer, processor, VAE, both experts.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from convert_bagel import REPOSITORY, RUNTIME_FILES, _import_sibling as import_sibling
+from tokenization_tiny import build_tiny_tokenizer
+from transformers import GenerationConfig
+
+
+GENERATION_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+def build(directory: Path, seed: int = 0) -> None:
+    """Write model, tokenizer and processor to `directory`; inside this repo the code is linked, not copied."""
+    configuration, modeling = import_sibling("configuration_bagel"), import_sibling("modeling_bagel")
+    processing, images = import_sibling("processing_bagel"), import_sibling("image_processing_bagel")
+    tokenizer = build_tiny_tokenizer()
+    processor = processing.BagelProcessor(
+        image_processor=images.BagelImageProcessor(
+            size={"shortest_edge": 112, "longest_edge": 280}, latent_size={"shortest_edge": 128, "longest_edge": 256}
+        ),
+        tokenizer=tokenizer,
+        chat_template=(REPOSITORY / "chat_template.jinja").read_text(),
+    )
+    names = ("bos", "eos", "vision_start", "vision_end", "image", "latent")
+    ids = {f"{name}_token_id": getattr(processor, f"{name}_token_id") for name in names}
+    config = configuration.BagelConfig(
+        text_config={
+            "vocab_size": -(-len(tokenizer) // 64) * 64,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+        },
+        vision_config={
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 280,
+        },
+        vae_config={"z_channels": 4, "ch": 8, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 1},
+        stage=2,
+        max_latent_size=16,
+        vit_max_num_patch_per_side=20,
+        pad_token_id=tokenizer.pad_token_id,
+        **ids,
+    )
+    torch.manual_seed(seed)
+    model = modeling.BagelForUnifiedMultimodal(config)
+    with torch.no_grad():
+        model.llm2vae.weight.normal_(std=0.1)  # zero in a fresh model, which then would draw its own noise
+    model.generation_config = GenerationConfig(**{name: getattr(config, name) for name in GENERATION_IDS})
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        model.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        if directory.resolve().is_relative_to(REPOSITORY):
+            for name in RUNTIME_FILES:
+                file = Path(scratch) / name
+                file.unlink(missing_ok=True)
+                file.symlink_to(os.path.relpath(REPOSITORY / name, directory))
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(scratch, directory, symlinks=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", type=Path, default=REPOSITORY / "checkpoints" / "tiny-random")
+    arguments = parser.parse_args()
+    build(arguments.directory)
+    size = sum(file.stat().st_size for file in arguments.directory.iterdir() if not file.is_symlink())
+    print(f"Wrote {arguments.directory}: {size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
