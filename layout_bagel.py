@@ -22,8 +22,7 @@ A text question about a picture, then a picture to be drawn (t text, i ViT, n no
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -83,6 +82,7 @@ class PackedLayout:
         past_valid: (batch, past_length) bool, `False` for padding in the cache; `None` = all valid.
         causal: known without looking at the columns: plain causal text, one sample per row, no expert `gen`.
         isolated: known without looking: every valid query sees every valid key (a block that is being drawn).
+        routing: who computes what, from `gen`; made once, so the steps of a drawing share it.
     """
 
     sample_ids: torch.LongTensor
@@ -95,6 +95,10 @@ class PackedLayout:
     past_valid: torch.BoolTensor | None = None
     causal: bool = False
     isolated: bool = False
+    routing: "Routing" = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "routing", Routing.of(None if self.causal else self.gen))
 
     @property
     def batch_size(self) -> int:
@@ -108,11 +112,6 @@ class PackedLayout:
     def valid(self) -> torch.BoolTensor:
         """(batch, length), `False` for padding."""
         return self.sample_ids >= 0
-
-    @cached_property
-    def routing(self) -> "Routing":
-        """Who computes what; made once, so the steps of a drawing share it."""
-        return Routing.of(None if self.causal else self.gen)
 
     def dense_mask(self, key_length: int | None = None) -> torch.BoolTensor:
         """(batch, 1, length, keys) bool, True = sees. `key_length` may exceed past + new tokens (static caches)."""

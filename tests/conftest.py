@@ -33,3 +33,37 @@ torch.set_num_threads(1)  # tests run in parallel processes
 @pytest.fixture(scope="session")
 def repo() -> Path:
     return REPO
+
+
+@pytest.fixture(scope="session")
+def tiny_directory() -> Path:
+    """The embedded checkpoint."""
+    return REPO / "checkpoints" / "tiny-random"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_directory):
+    from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
+
+    return BagelForUnifiedMultimodal.from_pretrained(tiny_directory).eval()
+
+
+@pytest.fixture(scope="session")
+def processor(tiny_directory):
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(tiny_directory, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def picture():
+    from PIL import Image
+
+    return Image.open(REPO / "assets" / "cat.jpg").convert("RGB")
+
+
+@pytest.fixture(scope="session")
+def other_picture():
+    from PIL import Image
+
+    return Image.open(REPO / "assets" / "coffee.jpg").convert("RGB").crop((0, 0, 200, 260))
