@@ -136,13 +136,11 @@ def plan_varlen(layout: PackedLayout) -> tuple[VarlenPart, ...]:
     key_length = layout.past_length + layout.length
     runs: dict[bool, list[tuple[list[int], list[int]]]] = {True: [], False: []}
     for row, tokens in enumerate(columns):
-        past = [
-            row * key_length + k for k in range(layout.past_length) if past_valid is None or past_valid[row][k]
-        ]
+        past = [row * key_length + k for k in range(layout.past_length) if past_valid is None or past_valid[row][k]]
         seen: dict[int, list[int]] = {}
         start = 0
         while start < len(tokens):
-            sample, span, bidirectional, noisy = tokens[start]
+            sample, _, bidirectional, noisy = tokens[start]
             end = start + 1
             while end < len(tokens) and _same_run(tokens[start], tokens[end]):
                 end += 1
@@ -240,7 +238,7 @@ class BagelAttention(nn.Module):
         options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         if plan.varlen is None:
             return kernel(self, query, key, value, plan.mask, is_causal=plan.is_causal, **options)
-        batch, heads, length, head_dim = query.shape
+        batch, _, length, _ = query.shape
         flat_q, flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         output = flat_q.new_zeros(flat_q.shape)
         for part in plan.varlen:

@@ -15,12 +15,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from convert_bagel import REPOSITORY, RUNTIME_FILES, _import_sibling as import_sibling
-from tokenization_tiny import build_tiny_tokenizer
 from transformers import GenerationConfig
+
+from convert_bagel import REPOSITORY, RUNTIME_FILES, import_sibling
+from tokenization_tiny import build_tiny_tokenizer
 
 
 GENERATION_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
 
 def build(directory: Path, seed: int = 0) -> None:
     """Write model, tokenizer and processor to `directory`; inside this repo the code is linked, not copied."""

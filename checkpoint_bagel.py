@@ -15,7 +15,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -263,11 +264,12 @@ def _only(input_dict: dict) -> torch.Tensor:
     return tensors[0] if isinstance(tensors, list) else tensors
 
 
-def register_released_vae_names(class_name: str, vae_config: BagelVAEConfig) -> None:
+@contextmanager
+def released_vae_names(class_name: str, vae_config: BagelVAEConfig) -> Iterator[None]:
     """
-    Make transformers load released VAE names into a class; module names go on loading.
+    While this is open, transformers loads released VAE names into a class; module names go on loading.
 
-    Registered anew for each load, because the names depend on the config.
+    Open for one load only: the names depend on the config, and transformers' registry belongs to the whole process.
     """
     transforms = []
     for released, ours in vae_names(vae_config):
@@ -278,6 +280,10 @@ def register_released_vae_names(class_name: str, vae_config: BagelVAEConfig) -> 
         else:
             transforms.append(WeightRenaming(f"^{re.escape(released)}\\.", f"{ours}."))
     register_checkpoint_conversion_mapping(class_name, transforms, overwrite=True)
+    try:
+        yield
+    finally:
+        register_checkpoint_conversion_mapping(class_name, [], overwrite=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -401,7 +407,7 @@ def check_tensors(
         *_describe_missing(missing, expected.shapes),
         *_describe_foreign([stored[name][0] for name in foreign], config),
     ]
-    raise ValueError("\n- ".join([f"{where} does not hold the model that the config describes.", *problems]))
+    raise ValueError(" ".join([f"{where} does not hold the model that the config describes.", *problems]))
 
 
 def _foreign(unexpected: Iterable[str], config: PreTrainedConfig) -> list[str]:
@@ -410,18 +416,21 @@ def _foreign(unexpected: Iterable[str], config: PreTrainedConfig) -> list[str]:
 
 
 def _describe_mismatched(mismatched: Mapping[str, tuple[str, StoredTensor, tuple[int, ...]]]) -> list[str]:
-    problems, hints = [], {}
+    problems, hints = [], set()
     for name in sorted(mismatched):
         stored_name, (file, info), expected = mismatched[name]
         problems.append(f"{file}: {stored_name} is {info.shape} in the file, {expected} by the config.")
-        hints[_shape_hint(name, info.shape, expected)] = None
+        hints.add(_shape_hint(name, info.shape, expected))
     if len(problems) > 6:
-        problems = [*problems[:5], f"... and {len(problems) - 5} more tensors have other shapes."]
-    return [*problems[:-1], " ".join([problems[-1], *hints])] if problems else []
+        problems = [*problems[:5], f"{len(problems) - 5} more tensors have other shapes."]
+    if None in hints:
+        hints = {"Is it the config of another checkpoint? ignore_mismatched_sizes=True initialises such tensors anew."}
+    return [*problems[:-1], " ".join([problems[-1], *sorted(hints)])] if problems else []
 
 
-def _shape_hint(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    if stored[1:] == expected[1:] and stored:
+def _shape_hint(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> str | None:
+    """The setting that would make a table fit, if one would."""
+    if stored and stored[1:] == expected[1:]:
         file_rows, rows = stored[0], expected[0]
         file_side, side = math.isqrt(file_rows), math.isqrt(rows)
         if re.search(r"embed_tokens|lm_head", name):
@@ -436,7 +445,7 @@ def _shape_hint(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -
             )
         if name.endswith("position_embedding.weight"):
             return f"image_size of the vision config must be {file_side} patches; it is {side}."
-    return "Is the config that of another checkpoint? ignore_mismatched_sizes=True initialises such tensors anew."
+    return None
 
 
 def _describe_missing(missing: Sequence[str], expected: Iterable[str]) -> list[str]:
@@ -445,7 +454,10 @@ def _describe_missing(missing: Sequence[str], expected: Iterable[str]) -> list[s
     expected_parts, missing_parts = _by_part(expected), _by_part(missing)
     absent = {part for part, names in missing_parts.items() if len(names) == len(expected_parts[part])}
     parts = ", ".join(f"{len(names)} of the {part}" for part, names in missing_parts.items())
-    text = f"{len(missing)} of {len(set(expected))} tensors are missing: {parts}; {_some(list(missing))}."
+    total = sum(map(len, expected_parts.values()))
+    text = f"{len(missing)} of {total} tensors are missing ({parts}): {_some(missing)}."
+    if LANGUAGE in absent:
+        return [f"{text} Is it a checkpoint of another model?"]
     remedies = []
     if VISION in absent:
         remedies.append(
@@ -456,9 +468,9 @@ def _describe_missing(missing: Sequence[str], expected: Iterable[str]) -> list[s
         remedies.append("It cannot draw pictures: load with stage=1 to read only.")
     elif VAE in absent:
         remedies.append(
-            f"Its autoencoder, {VAE_FILE} of the base checkpoint, is not part of it: load with stage=1 to read only."
+            f"Its autoencoder is in {VAE_FILE} of the base checkpoint: copy that, or load with stage=1 to read only."
         )
-    if missing_parts.keys() - absent or LANGUAGE in absent:
+    if missing_parts.keys() - absent:
         remedies.append("It is incomplete: download it again, or copy these tensors from the base checkpoint.")
     return [" ".join([text, *remedies])]
 
@@ -466,7 +478,7 @@ def _describe_missing(missing: Sequence[str], expected: Iterable[str]) -> list[s
 def _describe_foreign(foreign: Sequence[str], config: PreTrainedConfig) -> list[str]:
     if not foreign:
         return []
-    text = f"{len(foreign)} tensors are of another model: {_some(list(foreign))}."
+    text = f"{len(foreign)} tensors are of another model: {_some(foreign)}."
     if all(re.search(r"^vit_model\..*\.layers\.\d+\.", name) for name in foreign):
         text += (
             f" The config builds {config.num_vit_layers} vision layers: its num_hidden_layers counts the layers of the "
@@ -488,7 +500,8 @@ def _by_part(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def _is_are(names: Sequence[str]) -> str:
@@ -506,6 +519,7 @@ def check_checkpoint(
     path: str | os.PathLike | None,
     config: PreTrainedConfig | str | os.PathLike | None,
     kwargs: Mapping[str, Any],
+    strict: bool = True,
 ) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """
     The config to load with, and the arguments left for transformers; refuses a local checkpoint that does not fit.
@@ -514,6 +528,7 @@ def check_checkpoint(
 
     Args:
         model_class: the class being loaded. path, config, kwargs: the arguments of its `from_pretrained`.
+        strict: refuse what does not fit; otherwise the caller looks at transformers' loading info.
 
     Returns:
         The config (a copy) with all overrides in `kwargs` applied and `max_latent_size` as in the file; `kwargs`
@@ -538,7 +553,7 @@ def check_checkpoint(
         tensors = read_tensors(files)
         if not kwargs.get("ignore_mismatched_sizes"):
             config.max_latent_size = _stored_latent_side(config, tensors)
-        if kwargs.get("key_mapping") is None:
+        if strict and kwargs.get("key_mapping") is None:
             check_tensors(model_class, config, tensors, kwargs.get("ignore_mismatched_sizes", False))
     return config, kwargs
 
@@ -602,6 +617,21 @@ def _stored_latent_side(config: PreTrainedConfig, tensors: Mapping[str, StoredTe
     return side
 
 
+def overridden_ids(
+    config: PreTrainedConfig, path: str | os.PathLike | None, kwargs: Mapping[str, Any]
+) -> dict[str, int | list[int] | None]:
+    """Special ids that generation uses and in which `config` differs from the file at `path`."""
+    if path is None or not os.path.isdir(path):
+        return {}
+    stored, _ = type(config).get_config_dict(path, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {
+        name: getattr(config, name)
+        for name in names
+        if getattr(config, name) != stored.get(name, getattr(type(config), name))
+    }
+
+
 def refuse_missing_weights(
     model: nn.Module, path: str | os.PathLike | None, info: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> None:
@@ -622,7 +652,7 @@ def refuse_missing_weights(
         problems.append(f"{len(unfilled)} tensors were given no memory while loading: {_some(unfilled)}.")
     if problems:
         source = "The state_dict" if path is None else path
-        raise ValueError("\n- ".join([f"{source} does not hold the model that the config describes.", *problems]))
+        raise ValueError(" ".join([f"{source} does not hold the model that the config describes.", *problems]))
 
 
 def _unfilled(model: nn.Module) -> list[str]:

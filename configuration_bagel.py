@@ -59,7 +59,9 @@ class BagelTextConfig(Qwen2Config):
 
     def __post_init__(self, **kwargs):
         if self.layer_module is not None and self.layer_module not in DECODER_LAYERS:
-            raise ValueError(f"layer_module={self.layer_module!r} is unknown; choose one of {', '.join(DECODER_LAYERS)}.")
+            raise ValueError(
+                f"layer_module={self.layer_module!r} is unknown; choose one of {', '.join(DECODER_LAYERS)}."
+            )
         super().__post_init__(**_without_model_type(kwargs))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -186,11 +188,7 @@ class BagelConfig(PreTrainedConfig):
     """
 
     model_type = "bagel"
-    sub_configs = {
-        "text_config": BagelTextConfig,
-        "vision_config": BagelVisionConfig,
-        "vae_config": BagelVAEConfig,
-    }
+    sub_configs = {"text_config": BagelTextConfig, "vision_config": BagelVisionConfig}  # those with attention
     keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state", "ce", "mse"]
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -231,7 +229,7 @@ class BagelConfig(PreTrainedConfig):
                 if getattr(self, name) is not None and getattr(self, name) != value:
                     raise ValueError(f"{alias} and {name} are two names of one config; give one of them.")
                 setattr(self, name, value)
-        for name, config_class in self.sub_configs.items():
+        for name, config_class in {**self.sub_configs, "vae_config": BagelVAEConfig}.items():
             value = getattr(self, name)
             if value is None or isinstance(value, dict):
                 setattr(self, name, config_class(**(value or {})))
@@ -242,7 +240,9 @@ class BagelConfig(PreTrainedConfig):
 
     def _resolve_stage(self):
         if isinstance(self.stage, bool) or self.stage not in STAGES:
-            raise ValueError(f'stage={self.stage!r} is unknown; use 1 ("stage1", understanding) or 2 ("stage2", joint).')
+            raise ValueError(
+                f'stage={self.stage!r} is unknown; use 1 ("stage1", understanding) or 2 ("stage2", joint).'
+            )
         self.stage = STAGES[self.stage]
         layer_module = self.text_config.layer_module
         if self.stage is not None:

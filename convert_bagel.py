@@ -33,7 +33,7 @@ from tqdm import tqdm
 REPOSITORY = Path(__file__).resolve().parent
 
 
-def _import_sibling(name: str) -> ModuleType:
+def import_sibling(name: str) -> ModuleType:
     """A module of this repo. They import each other relatively, so a script has to make their folder a package."""
     package = __package__ or "bagel_repository"
     if package not in sys.modules:
@@ -43,8 +43,8 @@ def _import_sibling(name: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
-checkpoint = _import_sibling("checkpoint_bagel")
-configuration = _import_sibling("configuration_bagel")
+checkpoint = import_sibling("checkpoint_bagel")
+configuration = import_sibling("configuration_bagel")
 
 # What `trust_remote_code=True` needs beside the weights.
 RUNTIME_FILES = (
@@ -129,25 +129,28 @@ def adopt(directory: str | os.PathLike) -> Adoption:
     draft, notes = _complete_config(_with_nested_configs(directory, original, model), model, vae)
     config = configuration.BagelConfig.from_dict({**draft, **token_ids})
     ids = {name: getattr(config, name) for name in (*_special_tokens(), "pad_token_id")}
-    config_json = {**draft, **ids, "auto_map": {**configuration.AUTO_MAP}}
+    adopted = (original.get("auto_map") or {}).get("AutoModel") == configuration.AUTO_MAP["AutoModel"]
+    auto_map = {**(original["auto_map"] if adopted else {}), **configuration.AUTO_MAP}
     weights = {**model, **vae} if config.visual_gen else model
     checkpoint.check_tensors(_model_class(), config, weights)
     _check_ids(ids, config.text_config.vocab_size, bool(token_ids), notes)
 
     contents = {
         **{name: (REPOSITORY / name).read_bytes() for name in RUNTIME_FILES},
-        "config.json": _to_json(config_json),
+        "config.json": _to_json({**draft, **ids, "auto_map": auto_map}),
         checkpoint.INDEX_NAME: _to_json(_index(weights)),
     }
     if token_ids:
-        contents["generation_config.json"] = _to_json({name: ids[name] for name in GENERATION_IDS})
-        contents |= _processor_files(config)
+        settings = {"generation_config.json": _to_json({name: ids[name] for name in GENERATION_IDS})}
+        settings |= _processor_files(config)
+        # whoever has changed settings since the folder was adopted keeps them
+        contents |= {name: data for name, data in settings.items() if not (adopted and (directory / name).is_file())}
     else:
         notes.append(
             "There are no tokenizer files, so only the model was adopted. Add them (tokenizer.json and "
             "tokenizer_config.json of the released repo) and run this again for a processor."
         )
-    if not _is_adopted(original):
+    if not adopted:
         contents |= _kept_originals(directory, contents)
     return Adoption(_write_all(directory, contents), notes, bool(token_ids))
 
@@ -156,7 +159,7 @@ GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _model_class() -> type:
-    return _import_sibling("modeling_bagel").BagelForUnifiedMultimodal
+    return import_sibling("modeling_bagel").BagelForUnifiedMultimodal
 
 
 def _released_tensors(directory: Path) -> tuple[Tensors, Tensors]:
@@ -165,6 +168,11 @@ def _released_tensors(directory: Path) -> tuple[Tensors, Tensors]:
     if not model_file.is_file():
         raise FileNotFoundError(
             f"{directory} has no {checkpoint.MODEL_FILE}: `adopt` takes a folder in the released layout, as downloaded."
+        )
+    if (directory / checkpoint.WEIGHTS_NAME).is_file():
+        raise FileExistsError(
+            f"{directory} has a {checkpoint.WEIGHTS_NAME} too, which transformers would load instead of "
+            f"{checkpoint.MODEL_FILE}: move one of them elsewhere."
         )
     model = checkpoint.read_tensors([model_file])
     vae = checkpoint.read_tensors([vae_file]) if vae_file.is_file() else {}
@@ -309,7 +317,7 @@ def _common_dtype(tensors: Tensors) -> str | None:
 
 def _special_tokens() -> dict[str, str]:
     """Config names of the special ids, and the tokens they belong to."""
-    processor = _import_sibling("processing_bagel").BagelProcessor
+    processor = import_sibling("processing_bagel").BagelProcessor
     names = ("bos_token", "eos_token", "vision_start_token", "vision_end_token", "image_token", "latent_token")
     return {f"{name}_id": getattr(processor, name) for name in names}
 
@@ -364,7 +372,7 @@ def _check_ids(ids: Mapping[str, int], vocab_size: int, from_tokenizer: bool, no
 
 def _processor_files(config: Any) -> dict[str, bytes]:
     """Settings of the image processor: the released ones, within what the position tables can address."""
-    image_processor = _import_sibling("image_processing_bagel").BagelImageProcessor
+    image_processor = import_sibling("image_processing_bagel").BagelImageProcessor
     defaults = image_processor()
     limits = {
         "size": config.vit_max_num_patch_per_side * config.vit_patch_size,
@@ -372,25 +380,19 @@ def _processor_files(config: Any) -> dict[str, bytes]:
     }
     sizes = {name: {edge: min(n, limits[name]) for edge, n in getattr(defaults, name).items()} for name in limits}
     made = image_processor(**sizes, patch_size=config.vit_patch_size, latent_stride=config.latent_downsample)
-    auto_map = {name: configuration.AUTO_MAP[name] for name in ("AutoProcessor", "AutoImageProcessor")}
-    settings = {**json.loads(made.to_json_string()), "auto_map": auto_map}
-    return {
-        "processor_config.json": _to_json(
-            {"auto_map": auto_map, "image_processor": settings, "processor_class": "BagelProcessor"}
-        ),
-        "preprocessor_config.json": _to_json({**settings, "processor_class": "BagelProcessor"}),
-        CHAT_TEMPLATE: (REPOSITORY / CHAT_TEMPLATE).read_bytes(),
+    auto_maps = {name: {name: configuration.AUTO_MAP[name]} for name in ("AutoProcessor", "AutoImageProcessor")}
+    whole = {
+        "auto_map": auto_maps["AutoProcessor"],
+        "image_processor": {"auto_map": auto_maps["AutoImageProcessor"], **json.loads(made.to_json_string())},
+        "processor_class": "BagelProcessor",
     }
+    return {"processor_config.json": _to_json(whole), CHAT_TEMPLATE: (REPOSITORY / CHAT_TEMPLATE).read_bytes()}
 
 
 def _index(tensors: Tensors) -> dict[str, Any]:
     total = sum(info.end - info.begin for _, info in tensors.values())
     weight_map = {name: file.name for name, (file, _) in sorted(tensors.items())}
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-
-def _is_adopted(config: Mapping[str, Any]) -> bool:
-    return (config.get("auto_map") or {}).get("AutoModel") == configuration.AUTO_MAP["AutoModel"]
 
 
 def _kept_originals(directory: Path, contents: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -411,9 +413,10 @@ def _describe_adoption(directory: str, adoption: Adoption) -> str:
     lines += [f"note: {note}" for note in adoption.notes]
     classes = "AutoModel, AutoProcessor" if adoption.has_processor else "AutoModel"
     lines += ["Next:", f"    from transformers import {classes}"]
-    lines.append(f'    model = AutoModel.from_pretrained("{directory}", trust_remote_code=True)')
+    path = json.dumps(str(directory))
+    lines.append(f"    model = AutoModel.from_pretrained({path}, trust_remote_code=True)")
     if adoption.has_processor:
-        lines.append(f'    processor = AutoProcessor.from_pretrained("{directory}", trust_remote_code=True)')
+        lines.append(f"    processor = AutoProcessor.from_pretrained({path}, trust_remote_code=True)")
     return "\n".join(lines)
 
 

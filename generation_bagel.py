@@ -83,7 +83,9 @@ class DrawingOptions:
         if not lo <= hi:
             raise ValueError(f"cfg_interval=({lo}, {hi}) is reversed; guidance acts where lo < t <= hi.")
         if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps={self.num_timesteps} gives no step; it counts the knots, so use at least 2.")
+            raise ValueError(
+                f"num_timesteps={self.num_timesteps} gives no step; it counts the knots, so use at least 2."
+            )
         if self.timestep_shift <= 0:
             raise ValueError(f"timestep_shift={self.timestep_shift} must be positive; 1 leaves the grid even.")
         if self.cfg_renorm_type not in RENORM_TYPES:
@@ -389,7 +391,7 @@ class BagelGenerationMixin(GenerationMixin):
         The three contexts of the released sampler.
 
         `text` is the prompt before its last text (the whole prompt if a picture comes last), so it keeps system prompt,
-        pictures and earlier texts, and never the plan. `image` is all texts of the prompt, renumbered, without the plan.
+        pictures and earlier texts, and never the plan. `image` is all texts of the prompt, renumbered, without plan.
         """
         num_latents = [rows * columns for rows, columns in (self.latent_grid(*size) for size in sizes)]
         places = self.image_places(before_plan.input_ids)
@@ -434,7 +436,9 @@ class BagelGenerationMixin(GenerationMixin):
         longest = max(len(text) for text in texts)
         if longest == 0:
             positions = torch.zeros(len(texts), dtype=torch.long, device=device)
-            return self._context(None, torch.zeros(len(texts), 0, dtype=torch.bool, device=device), positions, num_latents)
+            return self._context(
+                None, torch.zeros(len(texts), 0, dtype=torch.bool, device=device), positions, num_latents
+            )
         padding = self.config.pad_token_id or 0
         padding = padding if padding < self.config.text_config.vocab_size else 0
         input_ids = torch.full((len(texts), longest), padding, device=device)
@@ -529,7 +533,9 @@ class BagelGenerationMixin(GenerationMixin):
             if not isinstance(generators, list | tuple):
                 generators = [generators] * len(shapes)
             if len(generators) != len(shapes):
-                raise ValueError(f"{len(generators)} generators for {len(shapes)} samples; pass one, or one per sample.")
+                raise ValueError(
+                    f"{len(generators)} generators for {len(shapes)} samples; pass one, or one per sample."
+                )
             noise = [torch.randn(shape, generator=generator) for shape, generator in zip(shapes, generators)]
         pad = nn.utils.rnn.pad_sequence
         x = pad([sample.to(device=device, dtype=torch.float32) for sample in noise], batch_first=True)
@@ -665,7 +671,9 @@ class BagelGenerationMixin(GenerationMixin):
             first = place & ~nn.functional.pad(place[:, :-1], (1, 0))
             owner = first.nonzero()[:, 0].tolist()
             if len(owner) != len(tensors[sizes]):
-                raise ValueError(f"input_ids mark {len(owner)} pictures for {sizes}, which describes {len(tensors[sizes])}.")
+                raise ValueError(
+                    f"input_ids mark {len(owner)} pictures for {sizes}, which describes {len(tensors[sizes])}."
+                )
             numbers = [number for row in rows for number, owned_by in enumerate(owner) if owned_by == row]
             if not numbers:
                 continue

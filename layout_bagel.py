@@ -129,7 +129,7 @@ class PackedLayout:
         )[:, None]
 
     def mask_function(self, key_length: int | None = None) -> Callable:
-        """The same rule as `f(batch, head, q, k)` on indexes, for flex attention. `q` counts from the first new token."""
+        """The same rule as `f(batch, head, q, k)` on indexes, for flex attention; `q` counts the new tokens."""
         key = Columns(self, key_length or self.past_length + self.length)
         past = self.past_length
 
@@ -257,7 +257,9 @@ class PackedLayout:
         elif nested_attention_masks is not None:
             span_ids, bidirectional, noisy = _columns_of_masks(nested_attention_masks, sample_lens, device)
         else:
-            raise ValueError("Pass split_lens with attn_modes, or nested_attention_masks: one of them says who sees whom.")
+            raise ValueError(
+                "Pass split_lens with attn_modes, or nested_attention_masks: one of them says who sees whom."
+            )
         sample_ids = torch.arange(len(sample_lens), device=device).repeat_interleave(
             torch.tensor(sample_lens, device=device)
         )
@@ -265,11 +267,17 @@ class PackedLayout:
         if gen_indexes is not None:
             gen[gen_indexes] = True
         columns = (sample_ids, span_ids, bidirectional, noisy)
-        return cls(*(column[None, :sequence_length] for column in columns), gen=gen[None], position_ids=position_ids[None])
+        return cls(
+            *(column[None, :sequence_length] for column in columns), gen=gen[None], position_ids=position_ids[None]
+        )
 
     @classmethod
     def noisy_blocks(
-        cls, num_latents: Sequence[int], positions: torch.LongTensor, past_length: int, past_valid: torch.BoolTensor | None
+        cls,
+        num_latents: Sequence[int],
+        positions: torch.LongTensor,
+        past_length: int,
+        past_valid: torch.BoolTensor | None,
     ) -> "PackedLayout":
         """
         One picture per row that is being drawn: vision_start, its latents, vision_end, then padding.
@@ -455,7 +463,9 @@ def check_cover(sequence_length: int, indexes: dict[str, torch.LongTensor | None
             continue
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= sequence_length:
-            raise ValueError(f"{name} holds index {low if low < 0 else high}, outside sequence_length={sequence_length}.")
+            raise ValueError(
+                f"{name} holds index {low if low < 0 else high}, outside sequence_length={sequence_length}."
+            )
         filled += torch.bincount(index, minlength=sequence_length)
     for wrong, word in ((filled > 1, "filled more than once"), (filled == 0, "not filled")):
         if bool(wrong.any()):

@@ -26,7 +26,13 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwe
 from transformers.utils import ModelOutput, can_return_tuple, is_torchvision_available
 
 from .attention_bagel import AttentionPlan, BagelAttention, plan_attention
-from .checkpoint_bagel import check_checkpoint, register_released_vae_names, refuse_missing_weights
+from .checkpoint_bagel import (
+    check_checkpoint,
+    overridden_ids,
+    refuse_missing_weights,
+    released_vae_names,
+    switched_off_parts,
+)
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVAEConfig
 from .embeddings_bagel import (
     BagelGridPositionEmbedding,
@@ -322,13 +328,14 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             self.vae2llm = nn.Linear(config.patch_latent_dim, text.hidden_size)
             self.llm2vae = nn.Linear(text.hidden_size, config.patch_latent_dim)
             self.latent_pos_embed = BagelGridPositionEmbedding(config.max_latent_size, text.hidden_size)
-            self.vae = build_vae(config.vae_config)
+            self.vae = build_vae(config.vae_config).float()  # stays float32 in a bfloat16 model, as it is released
         if config.visual_und:
             vision = config.vision_config
             self.vit_model = SiglipVisionModel(vision, config.num_vit_layers)
             self.vit_model.vision_model.embeddings.convert_conv2d_to_linear()
             self.connector = BagelConnector(vision.hidden_size, text.hidden_size, config.connector_act)
             self.vit_pos_embed = BagelGridPositionEmbedding(config.vit_max_num_patch_per_side, text.hidden_size)
+        self._keys_to_ignore_on_load_unexpected = switched_off_parts(config)
         self.post_init()
         self.freeze_vae()
 
@@ -336,20 +343,26 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """
         As everywhere in transformers, and strict: tensors that are missing, misshapen or not of this model are an error
-        that names them, before anything large is read.
+        that names them, before anything large is read. Whoever asks for `output_loading_info` or brings a `state_dict`
+        judges for themselves.
 
         Raises:
             OSError: the folder holds no safetensors weights (pickles are refused), or a truncated file.
             ValueError: tensors are missing, have another shape, or belong to another model.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        config, kwargs = check_checkpoint(cls, pretrained_model_name_or_path, config, kwargs)
-        register_released_vae_names(cls.__name__, config.vae_config)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
-        )
-        refuse_missing_weights(model, pretrained_model_name_or_path, info, kwargs)
+        strict = not want_info and kwargs.get("state_dict") is None
+        config, kwargs = check_checkpoint(cls, pretrained_model_name_or_path, config, kwargs, strict)
+        with released_vae_names(cls.__name__, config.vae_config):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+            )
+        if strict:
+            refuse_missing_weights(model, pretrained_model_name_or_path, info, kwargs)
         model.freeze_vae()
+        if kwargs.get("generation_config") is None:  # the stored one knows nothing of overrides
+            for name, value in overridden_ids(config, pretrained_model_name_or_path, kwargs).items():
+                setattr(model.generation_config, name, value)
         return (model, info) if want_info else model
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
@@ -528,7 +541,9 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             return self._forward_pack(pack, generator, recording)
 
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of input_ids and inputs_embeds (or a training pack with sequence_length).")
+            raise ValueError(
+                "Pass exactly one of input_ids and inputs_embeds (or a training pack with sequence_length)."
+            )
         _check_tensors(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -559,7 +574,9 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             use_cache = self.config.text_config.use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
-        output = self._decode(inputs_embeds, layout, attention_mask, past_key_values if use_cache else None, **recording)
+        output = self._decode(
+            inputs_embeds, layout, attention_mask, past_key_values if use_cache else None, **recording
+        )
         hidden_states = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.language_model.lm_head(hidden_states[:, kept])
@@ -669,9 +686,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             vit = VitTokens(pictures.pixel_values, self._vit_position_ids(grids, index.device), grids, index)
         if sizes:
             index = places.latent.flatten().nonzero()[:, 0]
-            images = [
-                image[:, :height, :width] for image, (height, width) in zip(pictures.latent_pixel_values, sizes)
-            ]
+            images = [image[:, :height, :width] for image, (height, width) in zip(pictures.latent_pixel_values, sizes)]
             generators = None
             if pictures.generator is not None:
                 first = places.latent & ~nn.functional.pad(places.latent[:, :-1], (1, 0))
@@ -688,7 +703,9 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         if pictures.pixel_values is None:
             return []
         if not self.config.visual_und:
-            raise ValueError("This model was built with visual_und=False: it has no vision tower to read pictures with.")
+            raise ValueError(
+                "This model was built with visual_und=False: it has no vision tower to read pictures with."
+            )
         if pictures.image_grid_hw is None:
             raise ValueError("pixel_values need image_grid_hw: (ViT images, 2) rows and columns of patches.")
         grids = [(int(rows), int(columns)) for rows, columns in pictures.image_grid_hw.tolist()]
@@ -696,8 +713,8 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         described, shape = sum(rows * columns for rows, columns in grids), tuple(pictures.pixel_values.shape)
         if shape != (described, patch_dim):
             raise ValueError(
-                f"image_grid_hw {grids} describes {described} patches of {patch_dim} values, but pixel_values has shape "
-                f"{shape}."
+                f"image_grid_hw {grids} describes {described} patches of {patch_dim} values, but pixel_values has "
+                f"shape {shape}."
             )
         return grids
 
@@ -710,7 +727,9 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             return []
         self.require_visual_gen("read pictures through the VAE")
         if pictures.latent_image_sizes is None:
-            raise ValueError("latent_pixel_values need latent_image_sizes: (VAE images, 2) heights and widths in pixels.")
+            raise ValueError(
+                "latent_pixel_values need latent_image_sizes: (VAE images, 2) heights and widths in pixels."
+            )
         sizes = [(int(height), int(width)) for height, width in pictures.latent_image_sizes.tolist()]
         if len(sizes) != len(pictures.latent_pixel_values):
             raise ValueError(
@@ -761,9 +780,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         features = self.connector(seen.last_hidden_state)
         return seen, features + self.vit_pos_embed(position_ids).to(features)
 
-    def _embed(
-        self, text_embeds: torch.Tensor, vit: VitTokens | None, latents: LatentTokens | None
-    ) -> torch.Tensor:
+    def _embed(self, text_embeds: torch.Tensor, vit: VitTokens | None, latents: LatentTokens | None) -> torch.Tensor:
         """
         Put pictures into their places, (batch, length, hidden_size) in and out.
 
@@ -805,7 +822,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         return ids
 
     def _text_only(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """Refuse picture places without pictures; in a compiled or single-token step they are only kept off the table."""
+        """Refuse picture places without pictures; in compiled and single-token steps only keep them off the table."""
         config = self.config
         is_place = (input_ids == config.image_token_id) | (input_ids == config.latent_token_id)
         if not torch.compiler.is_compiling() and input_ids.shape[1] > 1 and bool(is_place.any()):
@@ -830,8 +847,8 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             last, limit = int(layout.position_ids.max()), self.config.text_config.max_position_embeddings
             if last >= limit:
                 raise ValueError(
-                    f"The input reaches position {last}, but max_position_embeddings={limit}: positions from {limit} on were "
-                    "never trained. Shorten the prompt (a picture takes one position, a text token one each)."
+                    f"The input reaches position {last}, but max_position_embeddings={limit}: positions from {limit} on "
+                    "were never trained. Shorten the prompt (a picture takes one position, a text token one each)."
                 )
         plan = plan_attention(self.config.text_config, layout, inputs_embeds, attention_mask, past_key_values)
         return self.language_model.model(inputs_embeds, layout, plan, past_key_values, **recording)
@@ -883,8 +900,8 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         if len(counts) != 1:
             raise ValueError(
                 f"The pack has {len(index)} packed_vit_token_indexes, {len(pack.packed_vit_tokens)} packed_vit_tokens, "
-                f"{len(pack.packed_vit_position_ids)} packed_vit_position_ids and vit_token_seqlens {lengths}; all must "
-                "count the same tokens."
+                f"{len(pack.packed_vit_position_ids)} packed_vit_position_ids and vit_token_seqlens {lengths}; all "
+                "must count the same tokens."
             )
         grids = [(1, length) for length in lengths]  # positions come with the pack; only the lengths matter
         return VitTokens(pack.packed_vit_tokens, pack.packed_vit_position_ids, grids, index)
@@ -938,8 +955,8 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         target = flow.velocity[flow.tokens.t > 0]
         if len(target) != len(index):
             raise ValueError(
-                f"{len(index)} mse_loss_indexes, but {len(target)} latent tokens have a timestep above 0; both must name "
-                "the same tokens, in the same order."
+                f"{len(index)} mse_loss_indexes, but {len(target)} latent tokens have a timestep above 0; both must "
+                "name the same tokens, in the same order."
             )
         return (self.llm2vae(hidden_states[index]).float() - target) ** 2
 
@@ -987,7 +1004,9 @@ def _check_tensors(**tensors: torch.Tensor | None) -> None:
     for name, tensor in given.items():
         floats = name in ("inputs_embeds", "pixel_values", "latent_pixel_values")
         if floats != tensor.is_floating_point() and not (name == "attention_mask" and tensor.ndim == 4):
-            raise ValueError(f"{name} has dtype {tensor.dtype}; it must be {'a floating' if floats else 'an integer'} type.")
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype}; it must be {'a floating' if floats else 'an integer'} type."
+            )
 
 
 def _gen_norm(config: BagelTextConfig, present: bool) -> nn.Module | None:

@@ -280,7 +280,9 @@ class SiglipVisionModel(PreTrainedModel):
         )
 
 
-def convert_conv2d_to_linear(model: SiglipVisionModel, config: BagelVisionConfig | None = None, meta: bool = False) -> None:
+def convert_conv2d_to_linear(
+    model: SiglipVisionModel, config: BagelVisionConfig | None = None, meta: bool = False
+) -> None:
     """Turn the convolutional patch embedding of a loaded SigLIP tower into the linear one of BAGEL, in place."""
     model.vision_model.embeddings.convert_conv2d_to_linear(config, meta)
 

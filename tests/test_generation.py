@@ -218,7 +218,12 @@ def static_cache(model, batch_size, length):
 
 @pytest.mark.parametrize("renorm", ["global", "channel", "text_channel"])
 def test_batch_draws_what_single_prompts_draw(model, processor, edits, renorm):
-    options = {"cfg_interval": (0.0, 1.0), "cfg_renorm_type": renorm, "output_type": "latent", "sample_posterior": False}
+    options = {
+        "cfg_interval": (0.0, 1.0),
+        "cfg_renorm_type": renorm,
+        "output_type": "latent",
+        "sample_posterior": False,
+    }
     seeds = [torch.Generator().manual_seed(seed) for seed in range(4)]
     batch = draw(model, processor, edits, generator=seeds, **options)
     for seed, (latents, edit) in enumerate(zip(batch, edits)):
@@ -292,7 +297,10 @@ def test_output_types_are_the_same_picture(model, processor, edits):
     assert images["pt"].shape == (3, height, width)
     assert images["latent"].shape == (height * width // 256, model.config.patch_latent_dim)
     truncated = (images["pt"] * 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    assert abs(truncated.astype(int) - torch.tensor(list(images["pil"].tobytes())).view(height, width, 3).numpy()).max() <= 1
+    assert (
+        abs(truncated.astype(int) - torch.tensor(list(images["pil"].tobytes())).view(height, width, 3).numpy()).max()
+        <= 1
+    )
 
 
 def test_edit_has_the_size_of_the_last_picture_and_text_the_default(model, processor, edits):
@@ -385,9 +393,9 @@ def test_other_schedulers_draw_and_keep_no_state(model, processor, edits, name):
     assert torch.equal(*runs)
     assert torch.equal(scheduler.timesteps, untouched)
     if name.startswith("FlowMatchEuler"):
-        default = draw(
-            model, processor, edits[1:2], generator=torch.Generator().manual_seed(0), output_type="latent"
-        )[0]
+        default = draw(model, processor, edits[1:2], generator=torch.Generator().manual_seed(0), output_type="latent")[
+            0
+        ]
         torch.testing.assert_close(runs[0], default)
 
 

@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # older top levels ask for torchvision
+
 from bagel_repo.image_processing_bagel import (
     BagelImageProcessor,
     image_to_tensor,
@@ -23,8 +26,6 @@ from bagel_repo.image_processing_bagel import (
     tensor_to_pil,
     unit_tensor_to_pil,
 )
-from PIL import Image
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # older top levels ask for torchvision
 
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity" / "image_transform"
