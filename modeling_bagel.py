@@ -847,7 +847,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             last, limit = int(layout.position_ids.max()), self.config.text_config.max_position_embeddings
             if last >= limit:
                 raise ValueError(
-                    f"The input reaches position {last}, but max_position_embeddings={limit}: positions from {limit} on "
+                    f"The input reaches position {last}, but max_position_embeddings={limit}: positions from there on "
                     "were never trained. Shorten the prompt (a picture takes one position, a text token one each)."
                 )
         plan = plan_attention(self.config.text_config, layout, inputs_embeds, attention_mask, past_key_values)

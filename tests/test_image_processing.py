@@ -445,6 +445,7 @@ def test_settings_survive_saving(tmp_path):
 def test_defaults_are_the_released_transforms(tmp_path):
     BagelImageProcessor().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved.pop("auto_map")["AutoImageProcessor"] == "image_processing_bagel.BagelImageProcessor"
     assert saved == {
         "image_processor_type": "BagelImageProcessor",
         "size": {"shortest_edge": 224, "longest_edge": 980},
