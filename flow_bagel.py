@@ -78,7 +78,7 @@ def guide(
             `"global"` over a whole sample, `"channel"` per token, `"text_channel"` per token and before picture
             guidance is added (which then is not renormalised).
         renorm_min (`float`): smallest factor.
-        valid: (samples, tokens) bool, `False` for padding, which has no say in a sample's norm.
+        valid: (samples, tokens) bool, `False` for padding, which has no say in a sample's norm, whatever it holds.
 
     Returns:
         The guided velocity. Difference to the released code: `"global"` takes its norm per sample, not over the batch.

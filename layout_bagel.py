@@ -353,6 +353,8 @@ class ImagePlaces:
             ("image_token_id", self.image, image_lengths, "image_grid_hw"),
             ("latent_token_id", self.latent, latent_lengths, "latent_image_sizes"),
         ):
+            if not lengths and not bool(place.any()):
+                continue
             before = nn.functional.pad(place[:, :-1], (1, 0))
             after = nn.functional.pad(place[:, 1:], (0, 1))
             first, last = (place & ~before).nonzero(), (place & ~after).nonzero()

@@ -559,7 +559,9 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         )
         if pictures.empty:
             if inputs_embeds is None:
-                inputs_embeds = self.get_input_embeddings()(self._text_only(input_ids))
+                if input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+                    self.image_places(input_ids).check([], [])
+                inputs_embeds = self.get_input_embeddings()(self._word_ids(input_ids))
             shape, device = inputs_embeds.shape[:2], inputs_embeds.device
             layout = PackedLayout.text(*shape, attention_mask, position_ids, past_length, device)
             inputs_embeds = self._embed(inputs_embeds, None, None)
@@ -568,7 +570,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             layout = PackedLayout.from_input_ids(places, attention_mask, position_ids, past_length)
             vit, latents = self._read_pictures(pictures, places)
             if inputs_embeds is None:
-                inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(places.image | places.latent, 0))
+                inputs_embeds = self.get_input_embeddings()(self._word_ids(input_ids))
             inputs_embeds = self._embed(inputs_embeds, vit, latents)
         if use_cache is None:
             use_cache = self.config.text_config.use_cache
@@ -619,7 +621,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             plan: the layout's attention plan, to make it once for all steps.
 
         Returns:
-            Velocity, like `latents`; padding is undefined.
+            Velocity, like `latents`; zero at padding.
         """
         index = layout.gen.flatten().nonzero()[:, 0]
         valid = layout.gen[:, 1 : 1 + latents.shape[1]]  # latents follow vision_start
@@ -821,13 +823,13 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
                 ids[(inputs_embeds == embed).all(-1)] = mark
         return ids
 
-    def _text_only(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """Refuse picture places without pictures; in compiled and single-token steps only keep them off the table."""
+    def _word_ids(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """Ids for the embedding table: places, and a pad id that lies outside the vocabulary, become 0."""
         config = self.config
-        is_place = (input_ids == config.image_token_id) | (input_ids == config.latent_token_id)
-        if not torch.compiler.is_compiling() and input_ids.shape[1] > 1 and bool(is_place.any()):
-            self.image_places(input_ids).check([], [])
-        return input_ids.masked_fill(is_place, 0)
+        outside = (input_ids == config.image_token_id) | (input_ids == config.latent_token_id)
+        if config.pad_token_id is not None and config.pad_token_id >= config.text_config.vocab_size:
+            outside = outside | (input_ids == config.pad_token_id)
+        return input_ids.masked_fill(outside, 0)
 
     def image_places(self, input_ids: torch.LongTensor) -> ImagePlaces:
         """Where pictures stand in `input_ids`."""

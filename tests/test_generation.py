@@ -145,6 +145,20 @@ def test_each_row_stops_at_its_own_end(model, processor, questions):
         assert stopped[1].tolist() == free[1].tolist()
 
 
+def test_pad_id_outside_the_vocabulary_is_never_looked_up(tiny_directory, processor, questions):
+    from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
+
+    model = BagelForUnifiedMultimodal.from_pretrained(tiny_directory, pad_token_id=151643).eval()
+    assert model.generation_config.pad_token_id == 151643
+    inputs = prepare(processor, questions[:2])
+    usual = inputs["input_ids"]
+    inputs["input_ids"] = usual.masked_fill(inputs["attention_mask"] == 0, 151643)
+    free = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, usual.shape[1] :]
+    stopped = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=int(free[0, 1]))
+    assert 151643 in stopped[0].tolist()
+    assert free.tolist() == answer(model, processor, questions[:2], max_new_tokens=6).tolist()
+
+
 def test_tokens_stream_and_criteria_stop(model, processor, questions):
     class AfterThree(StoppingCriteria):
         def __init__(self, start):
