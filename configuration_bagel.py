@@ -188,7 +188,11 @@ class BagelConfig(PreTrainedConfig):
     """
 
     model_type = "bagel"
-    sub_configs = {"text_config": BagelTextConfig, "vision_config": BagelVisionConfig}  # those with attention
+    sub_configs = {
+        "text_config": BagelTextConfig,
+        "vision_config": BagelVisionConfig,
+        "vae_config": BagelVAEConfig,
+    }
     keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state", "ce", "mse"]
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -229,7 +233,7 @@ class BagelConfig(PreTrainedConfig):
                 if getattr(self, name) is not None and getattr(self, name) != value:
                     raise ValueError(f"{alias} and {name} are two names of one config; give one of them.")
                 setattr(self, name, value)
-        for name, config_class in {**self.sub_configs, "vae_config": BagelVAEConfig}.items():
+        for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
             if value is None or isinstance(value, dict):
                 setattr(self, name, config_class(**(value or {})))

@@ -372,6 +372,20 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         """
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As everywhere in transformers; sub-configs without a transformers model behind them follow silently."""
+        absent = [self.config.vae_config] + ([] if self.config.visual_und else [self.config.vision_config])
+        before = [config._attn_implementation for config in absent]
+        if isinstance(attn_implementation, str):
+            for config in absent:
+                config._attn_implementation = attn_implementation
+        try:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        except Exception:
+            for config, implementation in zip(absent, before):
+                config._attn_implementation = implementation
+            raise
+
     def freeze_vae(self) -> None:
         """The VAE is never trained; loading turns `requires_grad` back on, so this is called after it."""
         if self.config.visual_gen:

@@ -190,7 +190,6 @@ def test_places_for_pictures_are_never_written(model, processor, questions, monk
     assert not set(places) & set(answer(model, processor, questions, max_new_tokens=5).flatten().tolist())
 
 
-@pytest.mark.slow
 def test_compiled_decode_step_writes_the_same_without_graph_breaks(model, processor, questions):
     plain = answer(model, processor, questions[:2], max_new_tokens=6)
     torch.compiler.reset()

@@ -123,11 +123,14 @@ def test_offload_to_disk_changes_nothing(tiny_directory, model, batch, tmp_path)
     torch.testing.assert_close(drawn[0][0], drawn[1][0])
 
 
-def test_attention_implementation_can_be_changed_later(tiny_directory, batch):
+def test_attention_implementation_can_be_changed_later(tiny_directory, batch, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("transformers.modeling_utils.logger.warning", lambda message, *_: warnings.append(message))
     model = BagelForUnifiedMultimodal.from_pretrained(tiny_directory, attn_implementation="eager").eval()
     eager = model(**batch, output_attentions=True)
     assert len(eager.attentions) == model.config.text_config.num_hidden_layers
     model.set_attn_implementation("sdpa")
+    assert warnings == []
     assert model.config.text_config._attn_implementation == model.config.vision_config._attn_implementation == "sdpa"
     valid = batch["attention_mask"].bool()
     torch.testing.assert_close(model(**batch).logits[valid], eager.logits[valid], atol=2e-5, rtol=0)
