@@ -282,6 +282,8 @@ class BagelConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Like the base method, but overrides pass through the same resolution as what the file says."""
         config_dict = dict(config_dict)
+        if config_dict.get("model_type") == BagelTextConfig.model_type:  # the language part, saved by itself
+            config_dict = {"text_config": config_dict}
         for alias, name in SUB_CONFIG_ALIASES.items():
             for values in (config_dict, kwargs):
                 if alias in values:
