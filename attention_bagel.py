@@ -95,13 +95,13 @@ def plan_attention(
             position_ids=None,  # a step other than 1 would be taken for a new packed sequence
         )
         return AttentionPlan(mask, is_causal=True)
-    if is_flash_attention_requested(config):
-        return AttentionPlan(None, is_causal=False, varlen=plan_varlen(layout))
-    if layout.isolated and (layout.past_valid is None or bool(layout.past_valid.all())) and bool(layout.valid.all()):
-        return AttentionPlan(None, is_causal=False)  # everything sees everything: no mask, the fastest kernel
     key_length = layout.past_length + layout.length
     if past_key_values is not None and past_key_values.is_compileable:
         key_length = past_key_values.get_max_length()
+    if is_flash_attention_requested(config):
+        return AttentionPlan(None, is_causal=False, varlen=plan_varlen(layout, key_length))
+    if layout.isolated and (layout.past_valid is None or bool(layout.past_valid.all())) and bool(layout.valid.all()):
+        return AttentionPlan(None, is_causal=False)  # everything sees everything: no mask, the fastest kernel
     if config._attn_implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 
@@ -122,18 +122,19 @@ def plan_attention(
     return AttentionPlan(mask, is_causal=False)
 
 
-def plan_varlen(layout: PackedLayout) -> tuple[VarlenPart, ...]:
+def plan_varlen(layout: PackedLayout, key_length: int | None = None) -> tuple[VarlenPart, ...]:
     """
     The rule as variable-length calls: a run of text, or a picture, over what it may see.
 
     The keys of a run are the cached tokens, the earlier tokens of its sample that are not noisy, and the run itself.
-    Reads the columns on the host, once per forward.
+    `key_length` is the number of key places per row, more than past + new tokens in a static cache. Reads the columns
+    on the host, once per forward.
     """
     columns = torch.stack(
         [layout.sample_ids, layout.span_ids, layout.bidirectional.long(), layout.noisy.long()], dim=-1
     ).tolist()
     past_valid = None if layout.past_valid is None else layout.past_valid.tolist()
-    key_length = layout.past_length + layout.length
+    key_length = key_length or layout.past_length + layout.length
     runs: dict[bool, list[tuple[list[int], list[int]]]] = {True: [], False: []}
     for row, tokens in enumerate(columns):
         past = [row * key_length + k for k in range(layout.past_length) if past_valid is None or past_valid[row][k]]

@@ -230,13 +230,15 @@ class BagelConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for alias, name in SUB_CONFIG_ALIASES.items():
             if (value := kwargs.pop(alias, None)) is not None:
-                if getattr(self, name) is not None and getattr(self, name) != value:
-                    raise ValueError(f"{alias} and {name} are two names of one config; give one of them.")
+                _refuse_two_values(alias, value, name, getattr(self, name))
                 setattr(self, name, value)
         for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
             if value is None or isinstance(value, dict):
-                setattr(self, name, config_class(**(value or {})))
+                value = config_class(**(value or {}))
+            elif value.model_type != config_class.model_type:  # a stock Qwen2Config or SiglipVisionConfig
+                value = config_class(**value.to_dict())
+            setattr(self, name, copy.deepcopy(value))  # the caller's object stays as it was
         self._resolve_stage()
         self._resolve_vision()
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}  # one class, several auto classes
@@ -255,9 +257,7 @@ class BagelConfig(PreTrainedConfig):
             layer_module = "Qwen2DecoderLayer"
         elif layer_module is None or (self.stage == 2 and layer_module == "Qwen2DecoderLayer"):
             layer_module = "Qwen2MoTDecoderLayer" if self.visual_gen else "Qwen2DecoderLayer"
-        if layer_module != self.text_config.layer_module:  # the caller's object stays as it was
-            self.text_config = copy.deepcopy(self.text_config)
-            self.text_config.layer_module = layer_module
+        self.text_config.layer_module = layer_module
         self.text_config.base_model_tp_plan = _tensor_parallel_plan(self.text_config)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
@@ -268,10 +268,7 @@ class BagelConfig(PreTrainedConfig):
                 f"{self.vision_config.patch_size}; give one of them."
             )
         self.vit_patch_size = self.vision_config.patch_size
-        self.vit_rope = self.vit_rope or self.vision_config.rope
-        if self.vit_rope != self.vision_config.rope:
-            self.vision_config = copy.deepcopy(self.vision_config)
-            self.vision_config.rope = self.vit_rope
+        self.vit_rope = self.vision_config.rope = self.vit_rope or self.vision_config.rope
         if not 1 <= self.num_vit_layers <= self.vision_config.num_hidden_layers:
             raise ValueError(
                 f"vit_select_layer={self.vit_select_layer} leaves {self.num_vit_layers} of "
@@ -284,11 +281,11 @@ class BagelConfig(PreTrainedConfig):
         config_dict = dict(config_dict)
         if config_dict.get("model_type") == BagelTextConfig.model_type:  # the language part, saved by itself
             config_dict = {"text_config": config_dict}
-        for alias, name in SUB_CONFIG_ALIASES.items():
-            for values in (config_dict, kwargs):
-                if alias in values:
-                    values[name] = values.pop(alias) if values.get(name) is None else values[name]
-                    values.pop(alias, None)
+        for values in (config_dict, kwargs):
+            for alias, name in SUB_CONFIG_ALIASES.items():
+                if (value := values.pop(alias, None)) is not None:
+                    _refuse_two_values(alias, value, name, values.get(name))
+                    values[name] = value
         if "visual_gen" in kwargs and "stage" not in kwargs:
             config_dict.pop("stage", None)
         for name in cls.__annotations__:
@@ -323,6 +320,13 @@ class BagelConfig(PreTrainedConfig):
     def patch_latent_dim(self) -> int:
         """Features of a latent token: (row in patch, column in patch, channel)."""
         return self.latent_patch_size**2 * self.vae_config.z_channels
+
+
+def _refuse_two_values(alias: str, value: Any, name: str, other: Any) -> None:
+    if other is not None and other != value:
+        raise ValueError(
+            f"{alias} and {name} are two names of one config, but hold different values; give one of them."
+        )
 
 
 def _tensor_parallel_plan(config: BagelTextConfig) -> dict[str, str]:

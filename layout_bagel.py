@@ -23,6 +23,7 @@ A text question about a picture, then a picture to be drawn (t text, i ViT, n no
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -241,6 +242,12 @@ class PackedLayout:
             raise ValueError(
                 f"sample_lens {sample_lens} sum to {sum(sample_lens)}, less than sequence_length={sequence_length}."
             )
+        sample_ends = set(accumulate(sample_lens))
+        if sequence_length and sequence_length not in sample_ends:
+            raise ValueError(
+                f"No sample of sample_lens {sample_lens} ends at sequence_length={sequence_length}; only whole samples "
+                "after it (padding of a pack) are cut off."
+            )
         if position_ids.shape != (sequence_length,):
             raise ValueError(
                 f"packed_position_ids has shape {tuple(position_ids.shape)}, expected ({sequence_length},) as "
@@ -248,6 +255,8 @@ class PackedLayout:
             )
         if split_lens is not None and attn_modes is not None:
             lens, modes = _check_splits(split_lens, attn_modes, sum(sample_lens))
+            if not sample_ends <= set(accumulate(lens)):
+                raise ValueError(f"A split of split_lens {lens} reaches over two samples of sample_lens {sample_lens}.")
             lens_tensor = torch.tensor(lens, device=device)
             span_ids = torch.arange(len(lens), device=device).repeat_interleave(lens_tensor)
             bidirectional, noisy = (

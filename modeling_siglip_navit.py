@@ -107,6 +107,8 @@ class SiglipAttention(nn.Module):
         if rotary is not None:
             query, key = (_rotate_2d(x, rotary) for x in (query, key))
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, patches, head_dim)
+        if not lengths:  # no image: nothing to attend to, and zero gradients for the projections
+            return self.out_proj((query + key + value)[0].transpose(0, 1).flatten(1)), ()
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         options = {
             "dropout": self.attention_dropout if self.training else 0.0,
@@ -127,8 +129,6 @@ class SiglipAttention(nn.Module):
                 **options,
             )
             return self.out_proj(output[0].flatten(1)), (weights,)
-        if not lengths:  # no image: nothing to attend to, and zero gradients for the projections
-            return self.out_proj((query + key + value)[0].transpose(0, 1).flatten(1)), ()
         images = [x.split(lengths, dim=2) for x in (query, key, value)]
         attended = [kernel(self, q, k, v, None, **options) for q, k, v in zip(*images)]
         output = torch.cat([output for output, _ in attended], dim=1)[0]  # (patches, heads, head_dim)
