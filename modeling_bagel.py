@@ -37,7 +37,6 @@ from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVAEConfig
 from .embeddings_bagel import (
     BagelGridPositionEmbedding,
     BagelTimestepEmbedding,
-    RotaryEmbedding2D,
     grid_position_ids,
 )
 from .flow_bagel import interpolate, patchify_latents, training_timesteps, unpatchify_latents, velocity_target
@@ -171,6 +170,10 @@ class BagelConnector(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
+class VelocityHead(nn.Linear):
+    """Decoder features to velocity; zero in a fresh model, which then predicts no velocity (released)."""
+
+
 class BagelDecoderLayer(GradientCheckpointingLayer):
     """
     A Qwen2 block whose parts may have a sibling for the generation expert.
@@ -222,15 +225,13 @@ class BagelPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """Also fills tables: models are built on the meta device, where constructors compute nothing."""
+        if isinstance(module, VelocityHead):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+            return
         super()._init_weights(module)
         if isinstance(module, BagelGridPositionEmbedding):
             init.copy_(module.pos_embed, module.table())
-        elif isinstance(module, RotaryEmbedding2D):
-            for name, table in module.tables().items():
-                init.copy_(getattr(module, name), table)
-        elif isinstance(module, BagelForUnifiedMultimodal) and module.config.visual_gen:
-            init.zeros_(module.llm2vae.weight)  # a fresh model predicts no velocity (released)
-            init.zeros_(module.llm2vae.bias)
 
 
 class BagelTextModel(BagelPreTrainedModel):
@@ -326,7 +327,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         if config.visual_gen:
             self.time_embedder = BagelTimestepEmbedding(text.hidden_size)
             self.vae2llm = nn.Linear(config.patch_latent_dim, text.hidden_size)
-            self.llm2vae = nn.Linear(text.hidden_size, config.patch_latent_dim)
+            self.llm2vae = VelocityHead(text.hidden_size, config.patch_latent_dim)
             self.latent_pos_embed = BagelGridPositionEmbedding(config.max_latent_size, text.hidden_size)
             self.vae = build_vae(config.vae_config).float()  # stays float32 in a bfloat16 model, as it is released
         if config.visual_und:

@@ -7,6 +7,7 @@ Axes: (patches, features), images one after the other, `cu_seqlens` marking wher
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
@@ -246,6 +247,14 @@ class SiglipVisionModel(PreTrainedModel):
         super().__init__(config)
         self.vision_model = SiglipVisionTransformer(config, num_hidden_layers or config.num_hidden_layers)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Also fills the rotary tables: models are built on the meta device, where constructors compute nothing."""
+        super()._init_weights(module)
+        if isinstance(module, RotaryEmbedding2D):
+            for name, table in module.tables().items():
+                init.copy_(getattr(module, name), table)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.embeddings.patch_embedding
