@@ -539,8 +539,6 @@ def _columns_of_masks(
         later = index[:, None] > index[None]
         same_span = span[:, None] == span[None]
         noisy = (later & ~same_span & ~sees).any(0)
-        # a span is noisy as a whole
-        noisy = torch.zeros(length, dtype=torch.bool, device=device).index_put((span,), noisy, accumulate=True)[span]
         rule = visible(index[:, None], index[None], torch.ones_like(sees), same_span, bidirectional[None], noisy[None])
         if not torch.equal(rule, sees):
             q, k = (rule != sees).nonzero()[0].tolist()
