@@ -98,8 +98,8 @@ class BagelGridPositionEmbedding(nn.Module):
     """
     Frozen 2-D sine/cosine table for ViT patches and latent patches.
 
-    The table is a persistent buffer under the checkpoint's key, so it is saved and loaded but never trained. The released
-    training recomputes it, the released inference loads it; both are this table, rounded to the model's dtype.
+    The table is a persistent buffer under the checkpoint's key, so it is saved and loaded but never trained. The
+    released training recomputes it, the released inference loads it; both are this table, in the model's dtype.
 
     Args:
         max_num_patch_per_side (`int`): side of the grid.
