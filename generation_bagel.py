@@ -353,7 +353,7 @@ class BagelGenerationMixin(GenerationMixin):
         config = self.config
         bos = conversation.input_ids.new_full((len(conversation.input_ids), 1), config.bos_token_id)
         sequences = self._write(conversation, bos, text_arguments)
-        plans = [self._cut(sequence) for sequence in sequences]
+        plans = [self._cut(sequence, text_arguments) for sequence in sequences]
         eos = _first_id(config.eos_token_id)
         texts = [torch.cat([bos[0], plan, plan.new_tensor([eos])]) for plan in plans]
         input_ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=eos)
@@ -378,9 +378,9 @@ class BagelGenerationMixin(GenerationMixin):
         )
         return sequences[:, input_ids.shape[1] :]
 
-    def _cut(self, tokens: torch.LongTensor) -> torch.LongTensor:
+    def _cut(self, tokens: torch.LongTensor, text_arguments: dict[str, Any]) -> torch.LongTensor:
         """Tokens before the first end-of-sequence token."""
-        eos = self.config.eos_token_id
+        eos = text_arguments.get("eos_token_id") or self.generation_config.eos_token_id or self.config.eos_token_id
         ends = torch.isin(tokens, tokens.new_tensor(eos if isinstance(eos, list) else [eos])).nonzero()
         return tokens[: int(ends[0])] if len(ends) else tokens
 
@@ -594,11 +594,11 @@ class BagelGenerationMixin(GenerationMixin):
                 bos = conversation.input_ids.new_tensor([[decision]])
                 written = self._write(conversation, bos, {**text_arguments, "max_new_tokens": budget})[0]
                 budget -= len(written)
-                text = self._cut(written)
+                text = self._cut(written, text_arguments)
                 items.append(processor.tokenizer.decode(text, skip_special_tokens=True) if processor else text)
                 if len(text) == len(written):  # no end of text: out of tokens, or stopped by a criterion
                     return items
-                text = torch.cat([bos[0], written[: len(text) + 1]])[None]
+                text = torch.cat([bos[0], text, text.new_tensor([_first_id(config.eos_token_id)])])[None]
                 conversation = self._extend(conversation, text, torch.ones_like(text, dtype=torch.bool))
             elif decision == config.vision_start_token_id and drawn < max_images:
                 contexts = self._drawing_contexts(conversation, conversation, sizes)
