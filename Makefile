@@ -12,13 +12,13 @@ OLDEST := .venv-oldest
 
 .PHONY: demo test check format test-oldest clean
 
-$(VENV)/ready: requirements.txt requirements-dev.txt
+$(VENV)/ready: requirements.txt requirements-train.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(TORCH)
 	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-$(OLDEST)/ready: requirements.txt requirements-dev.txt
+$(OLDEST)/ready: requirements.txt requirements-train.txt requirements-dev.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet $(TORCH) $(OLDEST_TRANSFORMERS)
 	$(OLDEST)/bin/python -m pip install --quiet -r requirements-dev.txt $(OLDEST_TRANSFORMERS)

@@ -1,0 +1,565 @@
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Sequence plans to training packs: which token stands where, at which position, with which label; reads no files.
+
+A sample is a list of items: texts, and pictures as the vision tower (ViT) or the VAE sees them. An edit, packed (s, e =
+vision_start, vision_end; b, t, E = bos, text, eos; l = VAE latent, i = ViT patch, n = noisy latent, learned):
+
+    item        vae_image    vit_image    text       vae_image, loss
+    token       s l l l e    s i i i e    b t t E    s n n n e
+    split       0 0 0 0 0    1 1 1 1 1    2 2 2 2    3 3 3 3 3
+    mode        full         full         causal     noise
+    position    0 0 0 0 0    1 1 1 1 1    2 3 4 5    6 6 6 6 6
+    timestep      -inf                                 drawn
+
+Two steps: `draw_sample` makes all random decisions of a sample (without pixels, so its length is known before a picture
+is decoded), `pack` lays drawn samples out in the vocabulary of `BagelForUnifiedMultimodal.forward`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from .embeddings_bagel import grid_position_ids
+from .image_processing_bagel import patchify
+from .layout_bagel import PackedLayout
+
+
+ITEM_TYPES = ("text", "vit_image", "vae_image")
+CLEAN = float("-inf")  # the timestep of a clean picture, before the sigmoid
+
+
+class Draws(Protocol):
+    """Where randomness comes from: a `numpy.random.Generator`, or anything that replays stored draws."""
+
+    def random(self) -> float: ...
+
+    def standard_normal(self) -> float: ...
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+@dataclass(frozen=True)
+class SequenceItem:
+    """
+    One item of a plan: a text, or one view of a picture. Names and meaning are those of the released `sequence_plan`.
+
+    Attributes:
+        type: "text", "vit_image" or "vae_image".
+        text_ids: of a text, without boundary tokens.
+        grid: of a picture, (rows, columns) in tokens.
+        content: of a picture: patches (rows * columns, p * p * 3) for the ViT, pixels (3, H, W) in [-1, 1] for the VAE.
+            May be absent while only lengths matter.
+        loss: a text is trained with cross-entropy, a vae_image is noisy and trained with flow matching.
+        enable_cfg: the item may be dropped, so that guidance has an unconditional side.
+        special_token_label: what the item's last token (eos, vision_end) should predict; `None` = nothing.
+        split_start, split_end: the frames of a clip are vae_images that share one split, from the first to the last.
+        frame_delta: positions to the next frame.
+
+    Raises:
+        ValueError: an unknown type, or a picture whose sides, content and grid contradict each other.
+    """
+
+    type: str
+    text_ids: tuple[int, ...] = ()
+    grid: tuple[int, int] = (0, 0)
+    content: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    loss: bool = False
+    enable_cfg: bool = False
+    special_token_label: int | None = None
+    split_start: bool = True
+    split_end: bool = True
+    frame_delta: int | None = None
+
+    def __post_init__(self):
+        if self.type not in ITEM_TYPES:
+            raise ValueError(f"Unknown item type {self.type!r}; a plan holds {', '.join(ITEM_TYPES)}.")
+        if self.type != "text" and math.prod(self.grid) == 0:
+            raise ValueError(f"A {self.type} needs a grid of at least one token, got {self.grid}.")
+        if self.type == "vit_image" and self.loss:
+            raise ValueError("A vit_image cannot have a loss: only texts and vae_images are trained.")
+        if self.type != "vae_image" and not (self.split_start and self.split_end and self.frame_delta is None):
+            raise ValueError(
+                f"Only vae_images are frames of a clip (split_start, split_end, frame_delta), not {self.type}."
+            )
+
+    @classmethod
+    def vit_image(cls, pixels: torch.Tensor, patch_size: int, **flags) -> "SequenceItem":
+        """From pixels (3, H, W), already resized: both sides divisible by `patch_size`."""
+        patches = patchify(pixels, patch_size)
+        grid = (pixels.shape[1] // patch_size, pixels.shape[2] // patch_size)
+        return cls("vit_image", grid=grid, content=patches, **flags)
+
+    @classmethod
+    def vae_image(cls, pixels: torch.Tensor, stride: int, **flags) -> "SequenceItem":
+        """From pixels (3, H, W), already resized: both sides divisible by `stride`, the pixels per latent token."""
+        _, height, width = pixels.shape
+        if height % stride or width % stride:
+            raise ValueError(
+                f"A vae_image of {height}x{width} pixels is not divisible by {stride}, the pixels per latent token and "
+                "side. Resize it with the image processor first."
+            )
+        return cls("vae_image", grid=(height // stride, width // stride), content=pixels, **flags)
+
+    @property
+    def special_token_loss(self) -> bool:
+        return self.special_token_label is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Boundary tokens included."""
+        return 2 + (len(self.text_ids) if self.type == "text" else math.prod(self.grid))
+
+    @property
+    def mode(self) -> str:
+        """What the split it starts is: a clip being learned is "full" as released, so later tokens see its frames."""
+        if self.type == "text":
+            return "causal"
+        return "noise" if self.loss and self.frame_delta is None else "full"
+
+    @property
+    def advance(self) -> int:
+        """Positions to the next item: a learned picture takes none, its clean copy stands where it stood."""
+        if self.type == "text":
+            return self.num_tokens
+        if self.frame_delta is not None:
+            return self.frame_delta
+        return 0 if self.type == "vae_image" and self.loss else 1
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """One sample: `items` in order, and the `name` that errors and logs call it by."""
+
+    items: tuple[SequenceItem, ...]
+    name: str = "a sample"
+
+
+@dataclass(frozen=True)
+class PackingRules:
+    """
+    What packing needs to know of a model; `PackingRules.of(config)` reads it off.
+
+    Args:
+        bos_token_id, eos_token_id, vision_start_token_id, vision_end_token_id: boundary tokens.
+        vit_patch_size, latent_downsample: pixels per ViT token and per latent token, and side.
+        vit_max_num_patch_per_side, max_latent_size: sides of the position tables.
+        interpolate_pos: spread every picture over its whole position table.
+        text_cond_dropout_prob, vit_cond_dropout_prob, vae_cond_dropout_prob: of items with `enable_cfg`.
+        visual_und, visual_gen: whether the model has a vision tower, and whether it draws.
+    """
+
+    bos_token_id: int = 151644
+    eos_token_id: int = 151645
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    vit_patch_size: int = 14
+    latent_downsample: int = 16
+    vit_max_num_patch_per_side: int = 70
+    max_latent_size: int = 64
+    interpolate_pos: bool = False
+    text_cond_dropout_prob: float = 0.1
+    vit_cond_dropout_prob: float = 0.3
+    vae_cond_dropout_prob: float = 0.3
+    visual_und: bool = True
+    visual_gen: bool = True
+
+    @classmethod
+    def of(cls, config: Any, **changes) -> "PackingRules":
+        """From a `BagelConfig`; `changes` win over it."""
+        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__} | changes)
+
+    def dropout(self, item_type: str) -> float:
+        return {
+            "text": self.text_cond_dropout_prob,
+            "vit_image": self.vit_cond_dropout_prob,
+            "vae_image": self.vae_cond_dropout_prob,
+        }[item_type]
+
+    def table_side(self, item_type: str) -> int:
+        return self.vit_max_num_patch_per_side if item_type == "vit_image" else self.max_latent_size
+
+    def released_plan(
+        self,
+        sequence_plan: Sequence[Mapping[str, Any]],
+        text_ids_list: Sequence[Sequence[int]],
+        image_tensor_list: Sequence[torch.Tensor],
+        name: str = "a sample",
+    ) -> SamplePlan:
+        """
+        A plan from what the released datasets yield. Their lists are read in order and left as they are.
+
+        Raises:
+            ValueError: an unknown item type, or fewer texts or pictures than the plan asks for.
+        """
+        texts, images, items = iter(text_ids_list), iter(image_tensor_list), []
+        for entry in sequence_plan:
+            flags = _flags(entry, name)
+            content = next(texts if entry["type"] == "text" else images, None)
+            if content is None:
+                raise ValueError(f"The plan of {name} has more {entry['type']} items than it has contents for.")
+            if entry["type"] == "text":
+                items.append(SequenceItem("text", text_ids=tuple(content), **flags))
+            elif entry["type"] == "vit_image":
+                items.append(SequenceItem.vit_image(content, self.vit_patch_size, **flags))
+            else:
+                items.append(SequenceItem.vae_image(content, self.latent_downsample, **flags))
+        return SamplePlan(tuple(items), name)
+
+
+def _flags(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The fields of a released plan entry, by our names."""
+    if entry["type"] not in ITEM_TYPES:
+        raise ValueError(f"Unknown item type {entry['type']!r} in {name}; a plan holds {', '.join(ITEM_TYPES)}.")
+    label = entry.get("special_token_label") if entry.get("special_token_loss") else None
+    if entry.get("special_token_loss") and label is None:
+        raise ValueError(f"A {entry['type']} of {name} has special_token_loss=1 but no special_token_label.")
+    return {
+        "loss": bool(entry.get("loss")),
+        "enable_cfg": entry.get("enable_cfg") == 1,
+        "special_token_label": label,
+        "split_start": entry.get("split_start", True),
+        "split_end": entry.get("split_end", True),
+        "frame_delta": entry.get("frame_delta"),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Drawing: every random decision of a sample
+
+
+@dataclass(frozen=True)
+class DrawnItem:
+    """
+    An item that is kept.
+
+    Attributes:
+        item: the item. index: its number in the plan.
+        position: rotary position of its first token; a text counts on from there, a picture stays there.
+        split, mode: number within the sample of the split that it belongs to, and "causal", "full" or "noise".
+        timestep: of a vae_image, before the sigmoid; minus infinity = clean.
+    """
+
+    item: SequenceItem
+    index: int
+    position: int
+    split: int
+    mode: str
+    timestep: float = CLEAN
+
+
+@dataclass(frozen=True)
+class DrawnSample:
+    """The kept items of a sample."""
+
+    items: tuple[DrawnItem, ...]
+    name: str = "a sample"
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(drawn.item.num_tokens for drawn in self.items)
+
+    def with_contents(self, contents: Mapping[int, torch.Tensor]) -> "DrawnSample":
+        """The same sample with pictures; `contents` by index of the item in its plan."""
+        items = [
+            replace(drawn, item=replace(drawn.item, content=contents[drawn.index]))
+            if drawn.index in contents
+            else drawn
+            for drawn in self.items
+        ]
+        return replace(self, items=tuple(items))
+
+
+def draw_sample(plan: SamplePlan, rules: PackingRules, draws: Draws) -> DrawnSample:
+    """
+    Decide which conditions are dropped and how noisy each learned picture is.
+
+    As released: a uniform number is drawn for every item with `enable_cfg`, and only for those; a dropped picture still
+    advances the position by one, a dropped text does not; a learned picture draws a normal number, which the later
+    frames of its clip share. Frames are dropped one by one; where the released packer then loses count of its splits
+    (the first or the last frame of a clip is dropped), here the rest of the clip remains one split.
+
+    Raises:
+        ValueError: the sample has no tokens, a picture does not fit its position table, a clip does not end.
+    """
+    _check_clips(plan)
+    kept, position, split, mode, timestep = [], 0, -1, "", None
+    for index, item in enumerate(plan.items):
+        _check_fits_table(item, plan.name, rules)
+        if item.split_start:
+            split, mode, timestep = split + 1, item.mode, None
+        if item.enable_cfg and draws.random() < rules.dropout(item.type):
+            position += item.type != "text"
+            continue
+        learned = item.type == "vae_image" and item.loss
+        if learned and timestep is None:
+            timestep = float(draws.standard_normal())
+        kept.append(DrawnItem(item, index, position, split, mode, timestep if learned else CLEAN))
+        position += item.advance
+    if not kept:
+        reason = "its plan is empty" if not plan.items else "all of its items were dropped as conditions"
+        raise ValueError(f"{plan.name} has no tokens: {reason}. A sample needs an item that is trained.")
+    return DrawnSample(tuple(kept), plan.name)
+
+
+def _check_clips(plan: SamplePlan) -> None:
+    inside = False
+    for index, item in enumerate(plan.items):
+        if inside == item.split_start:
+            problem = "starts a split inside another" if inside else "continues a split that nothing started"
+            raise ValueError(f"Item {index} of {plan.name} {problem}: check split_start and split_end of its frames.")
+        inside = not item.split_end
+    if inside:
+        raise ValueError(f"The last split of {plan.name} does not end: its last frame needs split_end.")
+
+
+def _check_fits_table(item: SequenceItem, name: str, rules: PackingRules) -> None:
+    if item.type == "text" or rules.interpolate_pos or max(item.grid) <= rules.table_side(item.type):
+        return
+    table, size = {
+        "vit_image": ("vit_max_num_patch_per_side", "size"),
+        "vae_image": ("max_latent_size", "latent_size"),
+    }[item.type]
+    raise ValueError(
+        f"A {item.type} of {name} has {item.grid[0]}x{item.grid[1]} tokens, but the position table ends at "
+        f"{table}={rules.table_side(item.type)} per side. Lower the image processor's {size}, or train with "
+        "interpolate_pos=True."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A drawn item and the place of its first token in the pack."""
+
+    drawn: DrawnItem
+    start: int
+
+    @property
+    def item(self) -> SequenceItem:
+        return self.drawn.item
+
+    @property
+    def last(self) -> int:
+        return self.start + self.item.num_tokens - 1
+
+    @property
+    def inner(self) -> range:
+        """The places between the boundary tokens."""
+        return range(self.start + 1, self.last)
+
+    def text(self, rules: PackingRules) -> list[tuple[int, int]]:
+        """(place, id) of the tokens that are text: all of a text, the boundary tokens of a picture."""
+        if self.item.type != "text":
+            return [(self.start, rules.vision_start_token_id), (self.last, rules.vision_end_token_id)]
+        ids = (rules.bos_token_id, *self.item.text_ids, rules.eos_token_id)
+        return list(zip(range(self.start, self.last + 1), ids))
+
+    def labels(self, rules: PackingRules) -> list[tuple[int, int, float]]:
+        """(place, label, weight) of what is trained with cross-entropy; a text weighs the root of its length."""
+        labels = []
+        if self.item.type == "text" and self.item.loss:
+            targets = (*self.item.text_ids, rules.eos_token_id)
+            weight = 1 / math.sqrt(len(targets))
+            labels = [(place, target, weight) for place, target in zip(range(self.start, self.last), targets)]
+        if self.item.special_token_loss:
+            labels.append((self.last, self.item.special_token_label, 1.0))
+        return labels
+
+    def positions(self) -> torch.LongTensor:
+        first, length = self.drawn.position, self.item.num_tokens
+        return torch.arange(first, first + length) if self.item.type == "text" else torch.full((length,), first)
+
+
+def pack(
+    samples: Sequence[DrawnSample],
+    rules: PackingRules,
+    *,
+    max_num_tokens: int | None = None,
+    pad_to: int | None = None,
+    nested_masks: bool = False,
+) -> dict[str, Any]:
+    """
+    Lay samples out one after the other.
+
+    Args:
+        max_num_tokens (`int`, *optional*): refuse a longer pack.
+        pad_to (`int`, *optional*): add a split and a sample that fill the pack up to so many tokens, as the released
+            flex packs have; they hold no tokens.
+        nested_masks (`bool`): say who sees whom by `nested_attention_masks`, one (n, n) bool mask per sample, True =
+            sees, instead of by `split_lens` and `attn_modes`. Meant for small packs: masks are quadratic.
+
+    Returns:
+        Keywords of `BagelForUnifiedMultimodal.forward`: an int, lists of ints, strings and pairs, int64 index tensors
+        and float32 contents. What a pack does not have is absent.
+
+    Raises:
+        ValueError: there is no sample, the pack is longer than `max_num_tokens` or `pad_to`, a picture has no content,
+            or `pad_to` is combined with `nested_masks`.
+    """
+    if nested_masks and pad_to is not None:
+        raise ValueError("pad_to adds a split, nested_masks leave splits out: use one of them.")
+    if not samples:
+        raise ValueError("A pack needs at least one sample.")
+    lengths = [sample.num_tokens for sample in samples]
+    for name, limit in (("max_num_tokens", max_num_tokens), ("pad_to", pad_to)):
+        if limit is not None and sum(lengths) > limit:
+            raise ValueError(
+                f"The pack has {sum(lengths)} tokens, more than {name}={limit}; its samples have {lengths} "
+                f"({', '.join(sample.name for sample in samples)}). Pack fewer, or skip the longest."
+            )
+    placed = _place(samples)
+    result = {
+        "sequence_length": sum(lengths),
+        "sample_lens": lengths,
+        "packed_position_ids": torch.cat([one.positions() for one in placed]),
+        **_texts(placed, rules),
+        **_vit_images([one for one in placed if one.item.type == "vit_image"], rules),
+        **_vae_images([one for one in placed if one.item.type == "vae_image"], rules),
+    }
+    splits = [_splits(sample) for sample in samples]
+    if nested_masks:
+        positions = result["packed_position_ids"].split(lengths)
+        return result | {"nested_attention_masks": [_mask(*one) for one in zip(positions, splits)]}
+    result["split_lens"] = [length for sample in splits for length, _ in sample]
+    result["attn_modes"] = [mode for sample in splits for _, mode in sample]
+    if pad_to is not None:
+        free = pad_to - sum(lengths)
+        fill = {"sample_lens": [free], "split_lens": [free], "attn_modes": ["causal"]}
+        result |= {name: result[name] + rest for name, rest in fill.items()}
+    return result
+
+
+def pack_samples(plans: Sequence[SamplePlan], rules: PackingRules, draws: Draws, **options) -> dict[str, Any]:
+    """`draw_sample` for every plan in order, then `pack` with `options`."""
+    return pack([draw_sample(plan, rules, draws) for plan in plans], rules, **options)
+
+
+def _place(samples: Sequence[DrawnSample]) -> list[Placed]:
+    placed, start = [], 0
+    for sample in samples:
+        for drawn in sample.items:
+            if drawn.item.type != "text" and drawn.item.content is None:
+                raise ValueError(f"A {drawn.item.type} of {sample.name} has no content: fill it in before packing.")
+            placed.append(Placed(drawn, start))
+            start += drawn.item.num_tokens
+    return placed
+
+
+def _texts(placed: list[Placed], rules: PackingRules) -> dict[str, torch.Tensor]:
+    places, ids = zip(*(token for one in placed for token in one.text(rules)))
+    result = {"packed_text_ids": torch.tensor(ids), "packed_text_indexes": torch.tensor(places)}
+    if labels := [label for one in placed for label in one.labels(rules)]:
+        places, targets, weights = zip(*labels)
+        result |= {
+            "ce_loss_indexes": torch.tensor(places),
+            "packed_label_ids": torch.tensor(targets),
+            "ce_loss_weights": torch.tensor(weights, dtype=torch.float32),
+        }
+    return result
+
+
+def _vit_images(placed: list[Placed], rules: PackingRules) -> dict[str, torch.Tensor]:
+    if not placed:
+        return {}
+    return {
+        "packed_vit_tokens": torch.cat([one.item.content for one in placed]),
+        "packed_vit_token_indexes": _inner_places(placed),
+        "packed_vit_position_ids": _grid_positions(placed, rules),
+        "vit_token_seqlens": torch.tensor([math.prod(one.item.grid) for one in placed]),
+    }
+
+
+def _vae_images(placed: list[Placed], rules: PackingRules) -> dict[str, Any]:
+    if not placed:
+        return {}
+    counts = torch.tensor([math.prod(one.item.grid) for one in placed])
+    timesteps = torch.tensor([one.drawn.timestep for one in placed], dtype=torch.float32)
+    result = {
+        "padded_images": _pad([one.item.content for one in placed]),
+        "patchified_vae_latent_shapes": [one.item.grid for one in placed],
+        "packed_latent_position_ids": _grid_positions(placed, rules),
+        "packed_vae_token_indexes": _inner_places(placed),
+        "packed_timesteps": timesteps.repeat_interleave(counts),
+    }
+    if learned := [one for one in placed if one.item.loss]:
+        result["mse_loss_indexes"] = _inner_places(learned)
+    return result
+
+
+def _inner_places(placed: list[Placed]) -> torch.LongTensor:
+    return torch.cat([torch.arange(one.inner.start, one.inner.stop) for one in placed])
+
+
+def _grid_positions(placed: list[Placed], rules: PackingRules) -> torch.LongTensor:
+    sides = [rules.table_side(one.item.type) for one in placed]
+    return torch.cat(
+        [grid_position_ids(*one.item.grid, side, rules.interpolate_pos) for one, side in zip(placed, sides)]
+    )
+
+
+def _pad(images: list[torch.Tensor]) -> torch.Tensor:
+    """Zero-padded at the bottom and right to the largest: (images, 3, H, W)."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    padded = images[0].new_zeros(len(images), 3, height, width)
+    for row, image in zip(padded, images):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return padded
+
+
+def _splits(sample: DrawnSample) -> list[tuple[int, str]]:
+    """(tokens, mode) of each split that is left."""
+    tokens, modes = {}, {}
+    for drawn in sample.items:
+        tokens[drawn.split] = tokens.get(drawn.split, 0) + drawn.item.num_tokens
+        modes[drawn.split] = drawn.mode
+    return [(tokens[split], modes[split]) for split in tokens]
+
+
+def _mask(positions: torch.LongTensor, splits: list[tuple[int, str]]) -> torch.BoolTensor:
+    lens, modes = zip(*splits)
+    layout = PackedLayout.from_packed(len(positions), [len(positions)], positions, split_lens=lens, attn_modes=modes)
+    return layout.dense_mask()[0, 0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Collating
+
+
+class PackCollator:
+    """
+    `collate_fn` of a loader: a list of samples becomes one pack; a single finished pack stays what it is.
+
+    Args:
+        rules: what packing needs to know of the model.
+        draws: where dropout and timesteps come from. By default they follow torch's global generator, so they follow
+            the seed of a run, and in a loader with workers that of the worker.
+        options: keywords of `pack`.
+    """
+
+    def __init__(self, rules: PackingRules, draws: Draws | None = None, **options):
+        self.rules, self.draws, self.options = rules, draws, options
+
+    def __call__(self, samples: Sequence[SamplePlan | DrawnSample | Mapping[str, Any]]) -> dict[str, Any]:
+        packs = [sample for sample in samples if isinstance(sample, Mapping)]
+        if packs:
+            if len(samples) > 1:
+                raise ValueError(f"{len(samples)} packs in one batch: a pack is a batch, so load with batch_size=1.")
+            return dict(packs[0])
+        draws = self.draws or draws_of_torch()
+        drawn = [one if isinstance(one, DrawnSample) else draw_sample(one, self.rules, draws) for one in samples]
+        return pack(drawn, self.rules, **self.options)
+
+
+def draws_of_torch() -> np.random.Generator:
+    """A generator whose seed is the next number of torch's global one."""
+    return np.random.default_rng(int(torch.randint(2**62, ())))
