@@ -80,7 +80,7 @@ class DataSource:
         )
 
     def read_pass(self, number: int, seeds: Sequence[int], rank: int, world_size: int, state: dict | None = None):
-        """One pass over the rows of this rank, from `state` on: a `RowReader`."""
+        """One pass over the rows of this rank, from `state` on."""
         if isinstance(self.rows, StreamedFiles) or hasattr(self.rows, "load_state_dict"):
             return StreamReader(self, number, seeds, rank, world_size, state)
         if hasattr(self.rows, "__len__") and hasattr(self.rows, "__getitem__"):
@@ -128,7 +128,7 @@ def t2i_parquet(files: str | os.PathLike | Sequence, name: str = "t2i", **settin
         files: parquet files, folders or patterns. settings: fields of [`DataSource`].
     """
     rows = StreamedFiles.find("parquet", files, ".parquet")
-    return DataSource(name, rows, **{"convert": t2i_conversation, **settings})
+    return DataSource(name, rows, **{"convert": t2i_conversation} | settings)
 
 
 def editing_parquet(files: str | os.PathLike | Sequence, name: str = "editing", **settings) -> DataSource:
@@ -137,7 +137,7 @@ def editing_parquet(files: str | os.PathLike | Sequence, name: str = "editing", 
     edit, wordings of it). As released, one to two edits in a row are drawn from the list every time.
     """
     rows = StreamedFiles.find("parquet", files, ".parquet")
-    return DataSource(name, rows, **{"convert": editing_conversation, **settings})
+    return DataSource(name, rows, **{"convert": editing_conversation} | settings)
 
 
 def vlm_jsonl(
@@ -146,7 +146,7 @@ def vlm_jsonl(
     """
     The released understanding format: one JSON object per line with `conversations` (turns "from" "human" and "gpt"
     with a "value", images marked `<image>` in human turns) and `image` (one path or several, under `image_folder`).
-    As released, the images of a row share `max_pixels`.
+    As released, the images of a row share `max_pixels`, and turns from others than those two are left out.
     """
     rows = StreamedFiles.find("text", files, ".jsonl")
     defaults = {"convert": vlm_conversation, "share_max_pixels": True, "image_folder": image_folder}
@@ -325,7 +325,7 @@ class StreamReader:
 
 
 class Row(NamedTuple):
-    """A row as the mixture reads it: `ordinal` counts them, `seeds` belong to it alone."""
+    """A row as the mixture reads it: `ordinal` counts them all, `key` tells those of one pass over a source apart."""
 
     ordinal: int
     source: int
@@ -337,7 +337,8 @@ class Row(NamedTuple):
 class Mixture:
     """
     Rows of several sources. Which source comes next is drawn by weight among those that have rows left; every source
-    is passed `epochs` times (`None` = without end), and in each pass each of its rows comes once.
+    is passed `epochs` times (`None` = without end), and in each pass each of its rows comes once. A source that has no
+    rows for this rank is left out; without any rows at all the mixture is an error.
     """
 
     def __init__(
@@ -349,6 +350,7 @@ class Mixture:
         self.passes = [first_pass] * len(sources)
         self.readers = [None] * len(sources)
         self.counts = [0] * len(sources)  # rows read in the present pass
+        self.empty = [False] * len(sources)
 
     def __iter__(self) -> Iterator[Row]:
         return self
@@ -357,9 +359,13 @@ class Mixture:
         draws = _draws(NEXT_SOURCE, self.seed, self.rank, self.ordinal)
         while True:
             weights = [0.0 if self._is_done(i) else source.weight for i, source in enumerate(self.sources)]
+            if all(self.empty):
+                names = ", ".join(source.name for source in self.sources)
+                raise ValueError(f"{names}: no rows for rank {self.rank} of {self.world_size}.")
             if not any(weights):
                 raise StopIteration
-            index = int(np.searchsorted(np.cumsum(weights), draws.random() * sum(weights), side="right"))
+            borders = np.cumsum(weights)
+            index = int(np.searchsorted(borders, draws.random() * borders[-1], side="right"))
             read = self._read(index)
             if read is not None:
                 key, content = read
@@ -367,7 +373,7 @@ class Mixture:
                 return Row(self.ordinal - 1, index, self.passes[index], key, content)
 
     def _is_done(self, index: int) -> bool:
-        return self.end_pass is not None and self.passes[index] >= self.end_pass
+        return self.empty[index] or (self.end_pass is not None and self.passes[index] >= self.end_pass)
 
     def _read(self, index: int) -> tuple[list[int], Any] | None:
         """The next row of a source; `None` where a pass ends."""
@@ -376,10 +382,7 @@ class Mixture:
         try:
             read = next(self.readers[index])
         except StopIteration:
-            if self.counts[index] == 0:
-                raise ValueError(
-                    f"Source {self.sources[index].name!r} has no rows for rank {self.rank} of {self.world_size}."
-                ) from None
+            self.empty[index] = self.counts[index] == 0
             self.passes[index] += 1
             self.readers[index], self.counts[index] = None, 0
             return None
@@ -392,10 +395,12 @@ class Mixture:
 
     def state_dict(self) -> dict:
         readers = [None if reader is None else reader.state_dict() for reader in self.readers]
-        return {"ordinal": self.ordinal, "passes": [*self.passes], "counts": [*self.counts], "readers": readers}
+        lists = {"passes": [*self.passes], "counts": [*self.counts], "empty": [*self.empty], "readers": readers}
+        return {"ordinal": self.ordinal, **lists}
 
     def load_state_dict(self, state: dict) -> None:
-        self.ordinal, self.passes, self.counts = state["ordinal"], [*state["passes"]], [*state["counts"]]
+        self.ordinal = state["ordinal"]
+        self.passes, self.counts, self.empty = ([*state[name]] for name in ("passes", "counts", "empty"))
         self.readers = [
             None if reader is None else self._open(index, reader) for index, reader in enumerate(state["readers"])
         ]
@@ -619,12 +624,11 @@ class PackedDataset(torch.utils.data.IterableDataset):
     Training packs from a mixture of sources: a stream of keyword dicts for `BagelForUnifiedMultimodal.forward`.
 
     Load it with `batch_size=None` (or 1 and a [`PackCollator`]) and any number of workers, and let nothing else shard
-    it: the ranks are dealt with here. Its packs and their order
-    are a function of sources, seed, epoch, rank and world size alone: every worker of a rank reads the same rows and
-    plans the same packs (texts are tokenised, of images only headers are read), and worker `w` of `n` decodes and
-    yields packs `w, w + n, ...`, which is the order a loader asks for them. Each rank reads its own share of the rows.
-    (One exception: where every image of a pack turns out to be damaged only while it is decoded, there is no pack to
-    yield, and with several workers those around it change places.)
+    it. Its packs and their order are a function of sources, seed, epoch, rank and world size alone. Each rank reads its
+    own share of the rows. Every worker of a rank reads the same rows and plans the same packs (texts are tokenised, of
+    images only headers are read); worker `w` of `n` decodes and yields packs `w, w + n, ...`, which is the order a
+    loader asks for them. (Where every image of a pack turns out to be damaged only while it is decoded, there is no
+    pack to yield, and with several workers those around it change places.)
 
     A sample that cannot be used (a broken image, nothing to learn, too long) is skipped, logged with its id and reason
     and counted. No other sample is lost, none comes twice in a pass.
@@ -701,10 +705,15 @@ class PackedDataset(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
         number, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        self._packs = self.plan()
+        self._packs, skipped = self.plan(), []
         for planned in self._packs:
-            if planned.number % step == number and (made := self._make(planned)) is not None:
-                yield made
+            if planned.number % step != number:
+                continue
+            samples, broken = self._load(planned)
+            skipped += [*planned.skipped, *broken]
+            if samples:  # else what was skipped is reported with the next pack
+                yield self._pack(samples, skipped)
+                skipped = []
 
     def state_dict(self) -> dict:
         """Where the next pack begins. Small: numbers only, no samples."""
@@ -754,25 +763,24 @@ class PackedDataset(torch.utils.data.IterableDataset):
             raise UnusableSample(name, error) from error
         return Waiting(row.ordinal, row.source, outline, drawn, drawn.num_tokens)
 
-    def _make(self, planned: PlannedPack) -> dict[str, Any] | None:
-        """Decode and pack; `None` if every sample turns out to be broken."""
-        samples, skipped = [], list(planned.skipped)
+    def _load(self, planned: PlannedPack) -> tuple[list[DrawnSample], list[Skipped]]:
+        """The samples of a pack with their pictures, and those whose pictures are damaged."""
+        samples, broken = [], []
         for waiting in planned.samples:
             try:
                 samples.append(self.planners[waiting.source].load(waiting.outline, waiting.drawn))
             except Exception as error:
-                skipped.append(UnusableSample(waiting.drawn.name, error).record)
-                self._packs.num_skipped += 1
-        for name, reason in skipped:
+                broken.append(UnusableSample(waiting.drawn.name, error).record)
+        self._packs.num_skipped += len(broken)
+        for name, reason in [*planned.skipped, *broken]:
             logger.warning(f"skipped sample {name}: {reason} ({self._packs.num_skipped} skipped so far)")
-        if not samples:
-            return None
+        return samples, broken
+
+    def _pack(self, samples: list[DrawnSample], skipped: list[Skipped]) -> dict[str, Any]:
         made = pack(samples, self.rules, **self.pack_options)
         if self.report:
-            made["report"] = {
-                "sample_ids": [sample.name for sample in samples],
-                "skipped": [list(one) for one in skipped],
-            }
+            names = [sample.name for sample in samples]
+            made["report"] = {"sample_ids": names, "skipped": [list(one) for one in skipped]}
         return made
 
 

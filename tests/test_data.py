@@ -837,6 +837,12 @@ def test_a_streamed_run_resumes_exactly(released_files, window: int):
     resumed_matches(make, packs, range(0, len(packs) + 1, 3))
 
 
+def test_a_dataset_of_streams_can_be_pickled_while_it_runs(released_files):
+    data = dataset(released_sources(released_files))
+    next(iter(data))
+    assert all(map(same, pickle.loads(pickle.dumps(data)), data))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_stream_gives_the_same_packs_for_any_number_of_workers(released_files, workers: int):
     expected = list(dataset(released_sources(released_files), report=True))
@@ -1028,6 +1034,16 @@ def test_a_bad_row_is_skipped_with_its_id_and_the_reason(name: str, monkeypatch)
     assert re.search(reason, why), why
 
 
+def test_a_pack_of_which_nothing_is_left_is_reported_with_the_next():
+    """What is wrong with a truncated picture is found out when it is decoded, after its pack was planned."""
+    whole, truncated = file_of(picture(70, 70)), file_of(picture(70, 70))[:4000]
+    rows = [conversation("u: ...", "a: " + "x" * 40, id=str(n)) for n in range(5)]
+    rows = [row | {"images": [truncated if row["id"] in "12" else whole]} for row in rows]
+    packs = list(dataset(DataSource("rows", rows, shuffle=False), max_num_tokens=80, report=True))
+    assert [ids(made) for made in packs] == [["rows:0"], ["rows:3"], ["rows:4"]]
+    assert [[name for name, _ in made["report"]["skipped"]] for made in packs] == [[], ["rows:1", "rows:2"], []]
+
+
 def test_a_sample_that_loses_all_its_items_is_skipped():
     """A text that is only a condition can be dropped; nothing is left of a sample that is nothing else."""
     plan = SamplePlan(
@@ -1046,8 +1062,23 @@ def test_data_of_which_nothing_can_be_used_is_an_error_and_no_endless_loop(epoch
 
 
 def test_a_rank_without_rows_is_told():
-    with pytest.raises(ValueError, match="Source 'rows' has no rows for rank 3 of 4"):
+    with pytest.raises(ValueError, match="rows: no rows for rank 3 of 4"):
         list(dataset(mixed_rows(2), rank=3, world_size=4))
+
+
+@pytest.mark.parametrize("epochs", [1, None])
+def test_a_source_without_rows_for_a_rank_is_left_out(epochs: int | None):
+    sources = [DataSource("few", mixed_rows(2, seed=1)), DataSource("many", mixed_rows(40, seed=2))]
+
+    def make() -> PackedDataset:
+        return dataset(sources, report=True, rank=3, world_size=4, epochs=epochs, look_ahead=1)
+
+    data = make()
+    stream = iter(data)
+    assert all(name.startswith("many:") for _ in range(2) for name in ids(next(stream)))
+    resumed = make()
+    resumed.load_state_dict(json.loads(json.dumps(data.state_dict())))
+    assert same(next(iter(resumed)), next(stream))
 
 
 def test_sources_that_cannot_be_resumed_are_refused():
