@@ -837,6 +837,22 @@ def test_a_streamed_run_resumes_exactly(released_files, window: int):
     resumed_matches(make, packs, range(0, len(packs) + 1, 3))
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_stateful_loader_resumes_streams_exactly(released_files):
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def make() -> PackedDataset:
+        return dataset(released_sources(released_files, shuffle_window=5), report=True)
+
+    packs, running = list(make()), loaders.StatefulDataLoader(make(), batch_size=None, num_workers=2)
+    stream = iter(running)
+    assert all(same(next(stream), made) for made in packs[:3])
+    fresh = loaders.StatefulDataLoader(make(), batch_size=None, num_workers=2)
+    fresh.load_state_dict(running.state_dict())
+    rest = list(fresh)
+    assert len(rest) == len(packs) - 3 and all(map(same, rest, packs[3:]))
+
+
 def test_a_dataset_of_streams_can_be_pickled_while_it_runs(released_files):
     data = dataset(released_sources(released_files))
     next(iter(data))
