@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput, logging
 from .attention_bagel import AttentionPlan, FrozenContext, plan_attention
 from .flow_bagel import RENORM_TYPES, RenormType, guide, guided_steps, timestep_grid
 from .image_processing_bagel import BagelImageProcessor, tensor_to_pil
-from .layout_bagel import PackedLayout
+from .layout_bagel import PackedLayout, picture_rows
 
 
 logger = logging.get_logger(__name__)
@@ -282,8 +282,7 @@ class BagelGenerationMixin(GenerationMixin):
         side = min(DEFAULT_SIDE, self.config.max_latent_size * self.config.latent_downsample)
         sizes = [(side, side)] * batch_size
         if prompt.get("latent_image_sizes") is not None:
-            first = places.latent & ~nn.functional.pad(places.latent[:, :-1], (1, 0))
-            for row, size in zip(first.nonzero()[:, 0].tolist(), prompt["latent_image_sizes"].tolist()):
+            for row, size in zip(picture_rows(places.latent), prompt["latent_image_sizes"].tolist()):
                 sizes[row] = tuple(size)
         asked = []
         for name, index in (("height", 0), ("width", 1)):
@@ -668,8 +667,7 @@ class BagelGenerationMixin(GenerationMixin):
         ):
             if tensors.get(content) is None:
                 continue
-            first = place & ~nn.functional.pad(place[:, :-1], (1, 0))
-            owner = first.nonzero()[:, 0].tolist()
+            owner = picture_rows(place)
             if len(owner) != len(tensors[sizes]):
                 raise ValueError(
                     f"input_ids mark {len(owner)} pictures for {sizes}, which describes {len(tensors[sizes])}."

@@ -461,6 +461,11 @@ class Routing(NamedTuple):
         return torch.cat([self.freeze(und(hidden[:, : self.num_und])), gen(hidden[:, self.num_und :])], dim=1)
 
 
+def picture_rows(place: torch.BoolTensor) -> list[int]:
+    """The row of each picture, in reading order: `place` (batch, length) marks one run of places per picture."""
+    return (place & ~nn.functional.pad(place[:, :-1], (1, 0))).nonzero()[:, 0].tolist()
+
+
 def check_cover(sequence_length: int, indexes: dict[str, torch.LongTensor | None], device: torch.device) -> None:
     """
     Every place of a pack is filled exactly once.

@@ -41,7 +41,7 @@ from .embeddings_bagel import (
 )
 from .flow_bagel import interpolate, patchify_latents, training_timesteps, unpatchify_latents, velocity_target
 from .generation_bagel import BagelGenerationMixin
-from .layout_bagel import ImagePlaces, PackedLayout, Routing, check_cover
+from .layout_bagel import ImagePlaces, PackedLayout, Routing, check_cover, picture_rows
 from .modeling_siglip_navit import SiglipVisionModel
 
 
@@ -706,10 +706,9 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             images = [image[:, :height, :width] for image, (height, width) in zip(pictures.latent_pixel_values, sizes)]
             generators = None
             if pictures.generator is not None:
-                first = places.latent & ~nn.functional.pad(places.latent[:, :-1], (1, 0))
                 generators = [
                     pictures.generator[row] if isinstance(pictures.generator, list | tuple) else pictures.generator
-                    for row in first.nonzero()[:, 0].tolist()
+                    for row in picture_rows(places.latent)
                 ]
             clean = torch.cat(self.encode_images(images, pictures.sample_posterior, generators)).to(index.device)
             position_ids = torch.cat([self.latent_position_ids(*grid) for grid in latent_grids]).to(index.device)
