@@ -201,6 +201,12 @@ class BagelTrainer(Trainer):
         counts = counts.to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
+        if not counts.any():
+            names = [name for pack in batch_samples for name in pack.get("report", {}).get("sample_ids", ["unknown"])]
+            raise ValueError(
+                f"Step {self.state.global_step + 1} has nothing to learn: no text label and no noisy latent token in "
+                f"{len(batch_samples)} packs (samples {', '.join(map(str, names))})."
+            )
         return counts
 
     # ---- one step
@@ -211,12 +217,7 @@ class BagelTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        try:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        except TypeError as error:
-            if "NoneType" in str(error):  # transformers scales a loss that is not there
-                raise ValueError(f"The batch has nothing to learn{self._samples()}.") from error
-            raise
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not torch.isfinite(loss):
             self._stop_at_nonfinite("loss", float(loss), outputs)
         if "sequence_length" in inputs:
@@ -499,8 +500,8 @@ class BagelTrainer(Trainer):
         self.ema = EMAModel(self._ema_parameters, decay=self.args.ema_decay, foreach=True)
         self.ema.to(dtype=torch.float32)  # small steps are lost in bfloat16
         if self._resume is not None:
-            state = torch.load(self._resume / EMA_STATE, map_location=self.args.device, weights_only=True)
-            self.ema.load_state_dict(state)
+            self.ema.load_state_dict(torch.load(self._resume / EMA_STATE, map_location="cpu", weights_only=True))
+            self.ema.shadow_params = [x.to(p.device) for x, p in zip(self.ema.shadow_params, self._ema_parameters)]
             self.ema.decay = self.args.ema_decay
 
     # ---- what the callback below calls
@@ -512,8 +513,7 @@ class BagelTrainer(Trainer):
             self._start_ema()
         if self._resume is None:
             self.num_skipped = 0
-            if self.args.world_size > 1:  # ranks must not draw the same noise
-                set_seed(self.args.seed + self.args.process_index)
+            set_seed(self.args.seed + self.args.process_index)  # ranks must not draw the same noise
             return
         state = self._rank_state()
         self.meter = Meter(state["meter"])
@@ -628,11 +628,12 @@ class Meter:
 
 def matrices(model: torch.nn.Module) -> dict[str, int]:
     """
-    Weights of the linear maps, by who goes through them: "und" and "gen" tokens, "all" of them, "vit" tokens, "latent"
-    tokens, and the "head" only where there are labels. Adapters count with what they adapt.
+    Weights of the linear maps, by what goes through them: "und" and "gen" tokens, "all" of them, "vit" tokens, "latent"
+    tokens on their way in, and where something is learned "labels" and "velocities". Adapters count with what they
+    adapt.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    names, sums = set(linears), dict.fromkeys(("und", "gen", "all", "vit", "latent", "head"), 0)
+    names, sums = set(linears), dict.fromkeys(("und", "gen", "all", "vit", "latent", "labels", "velocities"), 0)
     for name, module in linears.items():
         if _is_in(name, "vae"):
             continue
@@ -640,7 +641,9 @@ def matrices(model: torch.nn.Module) -> dict[str, int]:
         if _is_in(name, "vit_model") or _is_in(name, "connector"):
             kind = "vit"
         elif _is_in(name, "lm_head"):
-            kind = "head"
+            kind = "labels"
+        elif _is_in(name, "llm2vae"):
+            kind = "velocities"
         elif not _is_in(name, "language_model"):
             kind = "latent"
         elif "_moe_gen" in name:
@@ -661,7 +664,7 @@ def pack_flops(pack: Mapping[str, Any], matrices: Mapping[str, int], config: Any
     tokens = int(pack["sequence_length"])
     gen, vit = _count(pack.get("packed_vae_token_indexes")), _count(pack.get("packed_vit_token_indexes"))
     counts = {"und": tokens - gen, "gen": gen, "all": tokens, "vit": vit, "latent": gen}
-    counts["head"] = _count(pack.get("ce_loss_indexes"))
+    counts |= {"labels": _count(pack.get("ce_loss_indexes")), "velocities": _count(pack.get("mse_loss_indexes"))}
     flops = 6.0 * sum(matrices[name] * count for name, count in counts.items())
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     padding = sum(map(int, pack["sample_lens"])) - tokens
