@@ -399,6 +399,8 @@ class BagelTrainer(Trainer):
             return super().train(None if self._resume is None else str(self._resume), **kwargs)
         finally:
             self.processing_class = self._processor
+            if self._loader is not None:  # ends its workers now: left to the garbage collector, each takes 5 s
+                self._loader._iterator = None
 
     def _get_output_dir(self, trial) -> str:
         directory = super()._get_output_dir(trial)
@@ -834,6 +836,7 @@ def plot_losses(history: Sequence[Mapping[str, float]], file: str | os.PathLike)
                 axes.plot(*zip(*curves[curve]), style, label=curve, markersize=3, linewidth=1)
         axes.set(xlabel="step", title=name)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right")
+        if axes.lines:
+            axes.legend(loc="upper right")
     figure.savefig(file, dpi=110)
     return True
