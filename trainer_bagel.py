@@ -637,7 +637,7 @@ def matrices(model: torch.nn.Module) -> dict[str, int]:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     names, sums = set(linears), dict.fromkeys(("und", "gen", "all", "vit", "latent", "labels", "velocities"), 0)
     for name, module in linears.items():
-        if _is_in(name, "vae"):
+        if _is_in(name, "vae") or _is_in(name, "original_module"):  # the latter: what PEFT keeps beside its copy
             continue
         kind = "all"
         if _is_in(name, "vit_model") or _is_in(name, "connector"):

@@ -304,3 +304,17 @@ def test_a_run_with_workers_is_the_same_and_resumes_exactly(tmp_path, never_kill
     resumed = run(tmp_path, "--resume_from_checkpoint", "true", **settings)
     losses.append([log["loss"] for log in resumed if "loss" in log])
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_adapters_are_trained_alone_and_resume_exactly(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("bagel_repo.lora_bagel")
+    settings = LONG | {"lora_experts": "gen", "lora_r": 4, "modules_to_save": ["llm2vae"], "max_steps": 4}
+    history = run(tmp_path, **settings)
+    weights = [load_file(tmp_path / "out" / "adapter_model.safetensors")]
+    assert all("_moe_gen" in name or "llm2vae" in name for name in weights[0])
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    resumed = run(tmp_path, "--resume_from_checkpoint", "auto", **settings)
+    weights.append(load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    assert [log.get("loss") for log in history] == [log.get("loss") for log in resumed]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
