@@ -9,7 +9,6 @@ Axes: (batch, length, hidden_size); a training pack is a batch of one row. `und`
 tokens), `gen` = generation expert (VAE latents, parameter suffix `_moe_gen`). t = 1 is noise, t = 0 the picture.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,6 +42,8 @@ from .flow_bagel import interpolate, patchify_latents, training_timesteps, unpat
 from .generation_bagel import BagelGenerationMixin
 from .layout_bagel import ImagePlaces, PackedLayout, Routing, check_cover, picture_rows
 from .modeling_siglip_navit import SiglipVisionModel
+
+PIXELS_PER_ENCODING = 512 * 512  # what the VAE encodes at once; a larger picture goes alone
 
 
 @dataclass
@@ -669,18 +670,32 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         Returns:
             Per image (height / 16 * width / 16, patch_latent_dim) for the released model, scaled and shifted.
         """
-        vae, vae_config = self.vae, self.config.vae_config
-        tokens = []
-        for number, image in enumerate(images):
-            posterior = vae.encode(image[None].to(device=vae.device, dtype=vae.dtype)).latent_dist
-            latents = posterior.mode()
+        vae_config, tokens = self.config.vae_config, []
+        for number, (mean, std) in enumerate(self._posteriors(images)):
+            latents = mean
             if sample_posterior:
                 generator = generators[number] if generators is not None else None
-                eps = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float32)
-                latents = posterior.mean + posterior.std * eps.to(device=latents.device, dtype=latents.dtype)
+                eps = torch.randn((1, *mean.shape), generator=generator, dtype=torch.float32)[0]
+                latents = mean + std * eps.to(device=mean.device, dtype=mean.dtype)
             latents = vae_config.scale_factor * (latents - vae_config.shift_factor)
-            tokens.append(patchify_latents(latents[0], self.config.latent_patch_size))
+            tokens.append(patchify_latents(latents, self.config.latent_patch_size))
         return tokens
+
+    def _posteriors(self, images: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Mean and standard deviation per image, (z_channels, h, w). Small pictures of one size share a call."""
+        same_size: dict[torch.Size, list[int]] = {}
+        for number, image in enumerate(images):
+            same_size.setdefault(image.shape, []).append(number)
+        posteriors = [None] * len(images)
+        for shape, numbers in same_size.items():
+            together = max(1, PIXELS_PER_ENCODING // (shape[1] * shape[2]))
+            for first in range(0, len(numbers), together):
+                chunk = numbers[first : first + together]
+                pixels = torch.stack([images[number] for number in chunk])
+                seen = self.vae.encode(pixels.to(device=self.vae.device, dtype=self.vae.dtype)).latent_dist
+                for number, mean, std in zip(chunk, seen.mean, seen.std):
+                    posteriors[number] = mean, std
+        return posteriors
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -1001,7 +1016,7 @@ def build_vae(config: BagelVAEConfig) -> nn.Module:
         block_out_channels=tuple(config.ch * multiplier for multiplier in config.ch_mult),
         layers_per_block=config.num_res_blocks,
         latent_channels=config.z_channels,
-        norm_num_groups=math.gcd(32, config.ch),
+        norm_num_groups=config.norm_num_groups,
         sample_size=config.resolution,
         scaling_factor=config.scale_factor,
         shift_factor=config.shift_factor,
