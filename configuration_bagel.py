@@ -190,6 +190,7 @@ class BagelConfig(PreTrainedConfig):
         text_cond_dropout_prob, vae_cond_dropout_prob, vit_cond_dropout_prob (`float`): training data dropout.
         timestep_shift (`float`, defaults to 1.0): shift of the TRAINING timesteps (drawing has its own argument).
         ce_weight, mse_weight (`float`, default 1.0): weights of the two losses in `loss`.
+        ce_loss_reweighting (`bool`, defaults to `False`): weigh every label by the pack's `ce_loss_weights`.
         bos_token_id, eos_token_id: start and end of a text span. vision_start_token_id, vision_end_token_id: start
             and end of an image span. image_token_id, latent_token_id: a ViT place and a VAE-latent place in
             `input_ids`; these two never reach the embedding table and may lie outside the vocabulary.
@@ -226,6 +227,7 @@ class BagelConfig(PreTrainedConfig):
     timestep_shift: float | int = 1.0
     ce_weight: float | int = 1.0
     mse_weight: float | int = 1.0
+    ce_loss_reweighting: bool = False
     pad_token_id: int | None = 151643
     bos_token_id: int | None = 151644
     eos_token_id: int | list[int] | None = 151645

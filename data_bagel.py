@@ -809,6 +809,7 @@ class ConversationCollator:
         draws: where dropout and timesteps come from.
         max_num_tokens: a row that does not fit any more is skipped.
         planner_options: keywords of [`ConversationPlanner`]. pack_options: of [`packing_bagel.pack`].
+        report: add what [`PackedDataset`] adds with this option.
     """
 
     def __init__(
@@ -819,18 +820,19 @@ class ConversationCollator:
         max_num_tokens: int | None = None,
         planner_options: Mapping[str, Any] | None = None,
         pack_options: Mapping[str, Any] | None = None,
+        report: bool = False,
     ):
         self.planner = ConversationPlanner(processor, rules, **(planner_options or {}))
         self.rules, self.draws, self.max_num_tokens = rules, draws, max_num_tokens
         self.pack = PackCollator(rules, draws, **(pack_options or {}))
-        self.num_skipped = 0
+        self.num_skipped, self.report = 0, report
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
         Raises:
             ValueError: none of the rows can be used.
         """
-        draws, samples, length, reasons = self.draws or draws_of_torch(), [], 0, []
+        draws, samples, length, skipped = self.draws or draws_of_torch(), [], 0, []
         for number, row in enumerate(rows):
             name = f"row {row['id']}" if row.get("id") is not None else f"row {number} of the batch"
             try:
@@ -844,8 +846,11 @@ class ConversationCollator:
                 length += drawn.num_tokens
             except Exception as error:
                 self.num_skipped += 1
-                reasons.append(f"{name}: {type(error).__name__}: {error}")
-                logger.warning(f"skipped {reasons[-1]} ({self.num_skipped} skipped so far)")
+                skipped.append([name, f"{type(error).__name__}: {error}"])
+                logger.warning(f"skipped {': '.join(skipped[-1])} ({self.num_skipped} skipped so far)")
         if not samples:
-            raise ValueError(f"None of {len(rows)} rows could be used. {'; '.join(reasons)}")
-        return self.pack(samples)
+            raise ValueError(f"None of {len(rows)} rows could be used. {'; '.join(map(': '.join, skipped))}")
+        made = self.pack(samples)
+        if self.report:
+            made["report"] = {"sample_ids": [sample.name for sample in samples], "skipped": skipped}
+        return made

@@ -128,6 +128,7 @@ class PackedBatch:
     mse_loss_indexes: torch.Tensor | None
     ce_loss_indexes: torch.Tensor | None
     packed_label_ids: torch.LongTensor | None
+    ce_loss_weights: torch.Tensor | None
     padded_images: torch.Tensor | Sequence[torch.Tensor] | None
     noise: torch.Tensor | None
 
@@ -318,7 +319,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
     input_modalities = ("image", "text") if is_torchvision_available() else ("text",)
     output_modalities = ("text", "image")
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = True
 
     def __init__(self, config: BagelConfig):
         super().__init__(config)
@@ -516,7 +517,10 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             packed_latent_position_ids, packed_vae_token_indexes: (latent tokens,). packed_timesteps: (latent tokens,)
                 before the sigmoid, minus infinity = clean. noise: (latent tokens, patch_latent_dim), drawn if absent.
             ce_loss_indexes, packed_label_ids: (labels,) where cross-entropy is taken, and its targets.
-            mse_loss_indexes: (learned latent tokens,). ce_loss_weights: accepted, not used: `ce` is per token.
+            mse_loss_indexes: (learned latent tokens,). ce_loss_weights: (labels,), used in `loss` if the config says
+                `ce_loss_reweighting`; `ce` is per token and never weighted.
+            num_items_in_batch: (2,) what the means in `loss` divide by, if not this pack's own counts: the labels (or
+                the sum of their weights) and the learned latent tokens of the whole optimizer step.
 
         Returns:
             [`BagelOutput`].
@@ -551,10 +555,11 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
                 mse_loss_indexes=mse_loss_indexes,
                 ce_loss_indexes=ce_loss_indexes,
                 packed_label_ids=packed_label_ids,
+                ce_loss_weights=ce_loss_weights,
                 padded_images=padded_images,
                 noise=noise,
             )
-            return self._forward_pack(pack, generator, recording)
+            return self._forward_pack(pack, num_items_in_batch, generator, recording)
 
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
@@ -886,7 +891,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
 
     # ---- training packs
 
-    def _forward_pack(self, pack: PackedBatch, generator, recording: dict[str, bool]) -> BagelOutput:
+    def _forward_pack(self, pack: PackedBatch, num_items, generator, recording: dict[str, bool]) -> BagelOutput:
         layout = pack.layout()
         text_ids = pack.packed_text_ids.new_zeros(pack.sequence_length)
         text_ids[pack.packed_text_indexes] = pack.packed_text_ids
@@ -896,21 +901,37 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         output = self._decode(inputs_embeds, layout, None, None, **recording)
         hidden_states = output.last_hidden_state[0]
         ce, mse = self._text_errors(pack, hidden_states), self._velocity_errors(pack, hidden_states, flow)
-        losses = [
-            weight * error.mean()
-            for weight, error in ((self.config.ce_weight, ce), (self.config.mse_weight, mse))
-            if error is not None
-        ]
-        if losses and mse is None:
-            losses.append(self._no_velocity(hidden_states))
         return BagelOutput(
-            loss=sum(losses) if losses else None,
+            loss=self._pack_loss(pack, ce, mse, num_items, hidden_states),
             ce=ce,
             mse=mse,
             last_hidden_state=hidden_states,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def _pack_loss(self, pack: PackedBatch, ce, mse, num_items, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """The weighted means. With `num_items` this pack's share of those of the whole step."""
+        if num_items is not None and (not torch.is_tensor(num_items) or num_items.shape != (2,)):
+            raise ValueError(
+                f"num_items_in_batch={num_items} of a pack must be a tensor of two counts: the text labels and the "
+                "learned latent tokens of the optimizer step."
+            )
+        num_labels, num_latents = (None, None) if num_items is None else num_items
+        losses = []
+        if ce is not None:
+            weights = pack.ce_loss_weights if self.config.ce_loss_reweighting else None
+            total, count = (ce.sum(), len(ce)) if weights is None else ((ce * weights).sum(), weights.sum())
+            losses.append(self.config.ce_weight * total / (count if num_labels is None else num_labels))
+        elif num_items is not None and torch.is_grad_enabled():
+            # ranks of one step differ in kind: all must take part in the backward pass of the head
+            losses.append(self.language_model.lm_head(hidden_states[:0]).sum())
+        if mse is not None:
+            per_token = mse.mean(-1)
+            losses.append(self.config.mse_weight * per_token.sum() / (len(mse) if num_latents is None else num_latents))
+        if losses and mse is None:
+            losses.append(self._no_velocity(hidden_states))
+        return sum(losses) if losses else None
 
     def _no_velocity(self, hidden_states: torch.Tensor) -> torch.Tensor | float:
         """Zero, through the velocity head: a batch without latents still gives its parameters a (zero) gradient."""

@@ -1,0 +1,343 @@
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Trains BAGEL from the shell: settings from a YAML file, each of which the command line can override.
+
+    python train.py --config configs/stage2.yaml --model_name_or_path path/to/BAGEL-7B-MoT --output_dir outputs/mine
+    accelerate launch train.py --config configs/lora.yaml --learning_rate 1e-5
+
+A script over `trainer_bagel` and `data_bagel`; `python train.py --help` lists the arguments, and a file may hold any of
+them by name.
+"""
+
+import difflib
+import importlib
+import json
+import math
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, set_seed
+from transformers.utils import logging
+
+from convert_bagel import import_sibling
+
+
+data, packing, training = (import_sibling(name) for name in ("data_bagel", "packing_bagel", "trainer_bagel"))
+logger = logging.get_logger("bagel_repository.train")
+
+DROPOUTS = ("text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob")
+READERS = {
+    "t2i_parquet": data.t2i_parquet,
+    "editing_parquet": data.editing_parquet,
+    "vlm_jsonl": data.vlm_jsonl,
+}
+SOURCE_FIELDS = {field.name for field in fields(data.DataSource)} - {"rows", "convert"}
+NOT_QUANTIZED = ["lm_head", "vit_model", "connector", "vae", "time_embedder", "vae2llm", "llm2vae"]
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model folder or id."})
+    stage: int | None = field(default=None, metadata={"help": "1 = understanding only, 2 = joint. Default: as stored."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Of the weights: float32 (with --bf16 for the computation), bfloat16, auto."},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
+    quantization: str | None = field(
+        default=None, metadata={"help": "4bit: the decoder's layers in NF4 (needs bitsandbytes), for LoRA only."}
+    )
+    timestep_shift: float | None = field(
+        default=None, metadata={"help": "Shift of the training timesteps. Default: the model's config."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on, and how that is packed."""
+
+    sources: str | None = field(
+        default=None,
+        metadata={
+            "help": "List (JSON on the command line) of sources: format (t2i_parquet, editing_parquet, vlm_jsonl, "
+            "conversations, python:module:function), files, name, weight, image_folder and other fields of DataSource; "
+            "the rest of a python: entry goes to the function."
+        },
+    )
+    eval_sources: str | None = field(
+        default=None, metadata={"help": "The same, read once per evaluation and without condition dropout."}
+    )
+    expected_num_tokens: int | None = field(
+        default=None, metadata={"help": "A pack that has fewer reads on for a sample that fits. Default: 8/9 of max."}
+    )
+    max_num_tokens: int = field(default=36864, metadata={"help": "No pack has more."})
+    max_num_tokens_per_sample: int | None = field(
+        default=None, metadata={"help": "A longer sample is skipped. Default: max_num_tokens."}
+    )
+    look_ahead: int = field(default=64, metadata={"help": "Samples that wait to be packed."})
+    text_cond_dropout_prob: float | None = field(default=None, metadata={"help": "Default: the model's config."})
+    vit_cond_dropout_prob: float | None = field(default=None, metadata={"help": "Default: the model's config."})
+    vae_cond_dropout_prob: float | None = field(default=None, metadata={"help": "Default: the model's config."})
+
+    def __post_init__(self):
+        for name in ("sources", "eval_sources"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, json.loads(getattr(self, name)))
+
+
+@dataclass
+class LoraArguments:
+    """Adapters instead of all weights, if `lora_experts` is given."""
+
+    lora_experts: str | None = field(
+        default=None, metadata={"help": "Which experts get adapters: und, gen or both. Default: no adapters."}
+    )
+    lora_r: int = field(default=32, metadata={"help": "Rank."})
+    lora_alpha: float = field(default=64, metadata={"help": "Scale; alpha / r multiplies what an adapter adds."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained whole beside the adapters, e.g. llm2vae vae2llm."}
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        model_args, data_args, lora_args, args = parse(sys.argv[1:] if arguments is None else arguments)
+        checkpoint = checkpoint_to_resume(args)
+    except ValueError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    set_seed(args.seed)
+    model, processor = load(model_args)
+    if lora_args.lora_experts is not None:
+        model = with_adapters(model, lora_args, args, model_args.quantization)
+    common = (data_args, processor, model.config, args)
+    if args.max_steps <= 0:  # every process counts the packs of the first, so that all agree
+        args.max_steps = steps_of_epochs(packed(data_args.sources, *common, epochs=1, rank=0), args)
+    train_data, eval_data = packed(data_args.sources, *common), None
+    if data_args.eval_sources:
+        eval_data = packed(data_args.eval_sources, *common, epochs=1, dropout=False)
+    trainer = training.BagelTrainer(
+        model, args, train_dataset=train_data, eval_dataset=eval_data, processing_class=processor
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        training.plot_losses(trainer.state.log_history, Path(args.output_dir) / training.LOSS_CURVE)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, Any]:
+    """
+    A dataclass per group of arguments: the command line wins over the file, the file over the defaults.
+
+    Raises:
+        ValueError: the file or the command line holds unknown names, or values that do not go together.
+    """
+    groups = (ModelArguments, DataArguments, LoraArguments, training.BagelTrainingArguments)
+    parser = HfArgumentParser(groups, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with arguments")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    config = parser.parse_known_args(arguments)[0].config
+    if config is not None:
+        values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{config} must hold `name: value` lines, not a {type(values).__name__}.")
+        _refuse_unknown(config, list(values), known)
+        parser.set_defaults(**values)
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    _refuse_unknown("The command line", [name.lstrip("-") for name in unknown if name.startswith("--")], known)
+    if unknown:
+        raise ValueError(f"The command line holds {' '.join(unknown)}, which belongs to no argument.")
+    _check_together(*parsed)
+    return tuple(parsed)
+
+
+def _refuse_unknown(where: str, names: list[str], known: set[str]) -> None:
+    unknown = [name.split("=")[0] for name in names if name.split("=")[0] not in known]
+    if unknown:
+        guesses = {name: difflib.get_close_matches(str(name), known, 1) for name in unknown}
+        named = [f"{name} (did you mean {guess[0]}?)" if guess else str(name) for name, guess in guesses.items()]
+        raise ValueError(f"{where} holds unknown arguments: {', '.join(named)}. See `python train.py --help`.")
+
+
+def _check_together(model_args: ModelArguments, data_args: DataArguments, lora_args: LoraArguments, args: Any) -> None:
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing: the model folder to start from.")
+    if not data_args.sources:
+        raise ValueError("sources is missing: a list of {format, files, ...} to train on.")
+    for name in ("sources", "eval_sources"):
+        value = getattr(data_args, name)
+        if value and not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
+            raise ValueError(f"{name} must be a list of {{format, files, ...}}, got {value!r}.")
+    if lora_args.lora_experts not in (None, "und", "gen", "both"):
+        raise ValueError(f"lora_experts={lora_args.lora_experts!r} is none of und, gen and both.")
+    if model_args.quantization not in (None, "4bit"):
+        raise ValueError(f"quantization={model_args.quantization!r} is unknown; there is 4bit.")
+    if model_args.quantization is not None and lora_args.lora_experts is None:
+        raise ValueError("Quantized weights are not trained: set lora_experts to und, gen or both.")
+    if args.eval_strategy != "no" and not data_args.eval_sources:
+        raise ValueError(f"eval_strategy={args.eval_strategy} needs eval_sources.")
+
+
+def checkpoint_to_resume(args: Any) -> str | bool | None:
+    """
+    `auto`: the last complete checkpoint if there is one. `true`: there must be one. Otherwise its path.
+
+    Raises:
+        ValueError: checkpoints of another run would be mixed with those of this one.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted == "auto":
+        found = training.last_complete_checkpoint(args.output_dir)
+        return None if found is None else str(found)
+    if wanted is None and (there := sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*"))):
+        raise ValueError(
+            f"{args.output_dir} holds {', '.join(there)}. Go on with `--resume_from_checkpoint auto`, or choose "
+            "another output_dir."
+        )
+    return True if str(wanted).lower() == "true" else wanted
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def load(args: ModelArguments) -> tuple[Any, Any]:
+    """Model and processor, run by this repository's code."""
+    settings = {"stage": args.stage, "attn_implementation": args.attn_implementation}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    if args.quantization is not None:
+        from transformers import BitsAndBytesConfig
+
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=NOT_QUANTIZED,  # its name for every kind of quantization
+        )
+    model_class = import_sibling("modeling_bagel").BagelForUnifiedMultimodal
+    model = model_class.from_pretrained(args.model_name_or_path, dtype=dtype, **settings)
+    if args.timestep_shift is not None:
+        model.config.timestep_shift = args.timestep_shift
+    processor_class = import_sibling("processing_bagel").BagelProcessor
+    return model, processor_class.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+
+
+def with_adapters(model: Any, args: LoraArguments, training_args: Any, quantization: str | None) -> Any:
+    """The model with LoRA adapters on the chosen experts; nothing else is trained but `modules_to_save`."""
+    try:
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    except ImportError as error:
+        raise ImportError("Adapters need peft: `pip install -r requirements-train.txt`.") from error
+    if quantization is not None:
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=training_args.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=import_sibling("lora_bagel").lora_targets(model, args.lora_experts),
+        modules_to_save=args.modules_to_save,
+    )
+    model = get_peft_model(model, config)
+    model.print_trainable_parameters()
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def packed(
+    sources: list[dict],
+    args: DataArguments,
+    processor: Any,
+    config: Any,
+    training_args: Any,
+    epochs: int | None = None,
+    dropout: bool = True,
+    rank: int | None = None,
+) -> Any:
+    """Packs of the sources, endless by default; `rank` stands in for that of this process."""
+    dropouts = {name: getattr(args, name) if dropout else 0.0 for name in DROPOUTS}
+    return data.PackedDataset(
+        [source(entry) for entry in sources],
+        processor,
+        packing.PackingRules.of(config, **{name: value for name, value in dropouts.items() if value is not None}),
+        expected_num_tokens=args.expected_num_tokens,
+        max_num_tokens=args.max_num_tokens,
+        max_num_tokens_per_sample=args.max_num_tokens_per_sample,
+        look_ahead=args.look_ahead,
+        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
+        epochs=epochs,
+        rank=training_args.process_index if rank is None else rank,
+        world_size=training_args.world_size,
+        report=True,
+    )
+
+
+def source(entry: dict) -> Any:
+    """
+    A `DataSource` from an entry of `sources`.
+
+    Raises:
+        ValueError: an unknown format, or settings that this format has no use for.
+    """
+    rest = dict(entry)
+    kind = str(rest.pop("format", None))
+    settings = {name: rest.pop(name) for name in entry if name in SOURCE_FIELDS}
+    if kind.startswith("python:"):
+        module, _, function = kind.removeprefix("python:").partition(":")
+        if not function:
+            raise ValueError(f"Source format {kind!r} must be python:module:function.")
+        rows = getattr(importlib.import_module(module), function)(**rest)
+        return data.DataSource(**{"name": function, "rows": rows} | settings)
+    if kind not in (*READERS, "conversations"):
+        raise ValueError(
+            f"Unknown source format {kind!r}; there are {', '.join(READERS)}, conversations, python:module:function."
+        )
+    files = rest.pop("files", rest.pop("path", None))
+    if files is None or rest:
+        wrong = f"unknown settings {', '.join(rest)}" if rest else "its files are missing"
+        raise ValueError(f"Source {settings.get('name', kind)!r}: {wrong}.")
+    return READERS[kind](files, **settings) if kind in READERS else conversations(files, **settings)
+
+
+def conversations(files: str | list[str], name: str = "conversations", **settings) -> Any:
+    """Conversations as they are (`messages`, `images`), one per line of .jsonl files or per row of .parquet files."""
+    if str(files if isinstance(files, str) else files[0]).endswith(".parquet"):
+        return data.DataSource(name, data.StreamedFiles.find("parquet", files, ".parquet"), **settings)
+    return data.DataSource(name, data.StreamedFiles.find("text", files, ".jsonl"), _conversation_of_line, **settings)
+
+
+def _conversation_of_line(row: dict, draws: Any) -> dict:
+    return json.loads(row["text"])
+
+
+def steps_of_epochs(one_pass: Any, args: Any) -> int:
+    """Optimizer steps that `num_train_epochs` passes take; for this, one is planned, with no picture decoded."""
+    packs = sum(1 for _ in one_pass.plan())
+    steps = math.ceil(args.num_train_epochs * packs / args.gradient_accumulation_steps)
+    logger.warning(f"{packs} packs a pass and process: {args.num_train_epochs:g} epochs take {steps} steps.")
+    return steps
+
+
+if __name__ == "__main__":
+    sys.exit(main())
