@@ -697,7 +697,8 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
             for first in range(0, len(numbers), together):
                 chunk = numbers[first : first + together]
                 pixels = torch.stack([images[number] for number in chunk])
-                seen = self.vae.encode(pixels.to(device=self.vae.device, dtype=self.vae.dtype)).latent_dist
+                with torch.autocast(self.vae.device.type, enabled=False):  # float32 in mixed precision too
+                    seen = self.vae.encode(pixels.to(device=self.vae.device, dtype=self.vae.dtype)).latent_dist
                 for number, mean, std in zip(chunk, seen.mean, seen.std):
                     posteriors[number] = mean, std
         return posteriors
