@@ -49,6 +49,7 @@ configuration = import_sibling("configuration_bagel")
 # What `trust_remote_code=True` needs beside the weights.
 RUNTIME_FILES = (
     "attention_bagel.py",
+    "backbones_bagel.py",
     "checkpoint_bagel.py",
     "configuration_bagel.py",
     "embeddings_bagel.py",
@@ -211,7 +212,7 @@ def _complete_config(draft: dict[str, Any], model: Tensors, vae: Tensors) -> tup
     nested_facts = {
         llm: _text_facts(shapes),
         vit: _vision_facts(shapes, draft.get("vit_select_layer", -2)),
-        "vae_config": _vae_facts(shapes),
+        "vae_config": checkpoint.vae_facts(shapes),
     }
     for name, facts in nested_facts.items():
         draft[name] = _settle(draft.get(name) or {}, facts, f"{name}.", notes)
@@ -251,7 +252,10 @@ def _text_facts(shapes: Mapping[str, tuple]) -> dict[str, Any]:
     if embeddings := shapes.get("language_model.model.embed_tokens.weight"):
         facts |= {"vocab_size": embeddings[0], "hidden_size": embeddings[1]}
     if gate := shapes.get(f"{layer}mlp.gate_proj.weight"):
-        facts |= {"intermediate_size": gate[0], "num_hidden_layers": _count(shapes, r"language_model\.model\.layers\.")}
+        facts |= {
+            "intermediate_size": gate[0],
+            "num_hidden_layers": checkpoint.count_members(shapes, r"language_model\.model\.layers\."),
+        }
         facts["qk_norm"] = f"{layer}self_attn.q_norm.weight" in shapes
     if norm := shapes.get(f"{layer}self_attn.q_norm.weight"):
         for name, projection in (("num_attention_heads", "q_proj"), ("num_key_value_heads", "k_proj")):
@@ -270,33 +274,9 @@ def _vision_facts(shapes: Mapping[str, tuple], vit_select_layer: int) -> dict[st
     if hidden := shapes.get(f"{tower}encoder.layers.0.mlp.fc1.weight"):
         facts["intermediate_size"] = hidden[0]
         if vit_select_layer < 0:  # the config counts the layers of the SigLIP checkpoint, also those that are not used
-            stored = _count(shapes, r"vit_model\.vision_model\.encoder\.layers\.")
+            stored = checkpoint.count_members(shapes, r"vit_model\.vision_model\.encoder\.layers\.")
             facts["num_hidden_layers"] = stored - 1 - vit_select_layer
     return facts
-
-
-def _vae_facts(shapes: Mapping[str, tuple]) -> dict[str, Any]:
-    first, last = shapes.get("encoder.conv_in.weight"), shapes.get("decoder.conv_out.weight")
-    latent = shapes.get("decoder.conv_in.weight")
-    levels = _count(shapes, r"encoder\.down\.")
-    widths = [shapes.get(f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)]
-    if not (first and last and latent and levels and all(widths)):
-        return {}
-    return {
-        "z_channels": latent[1],
-        "downsample": 2 ** (levels - 1),
-        "in_channels": first[1],
-        "out_ch": last[0],
-        "ch": first[0],
-        "ch_mult": [width[0] // first[0] for width in widths],
-        "num_res_blocks": _count(shapes, r"encoder\.down\.0\.block\."),
-    }
-
-
-def _count(names: Iterable[str], prefix: str) -> int:
-    """How many members a list of modules has, from the names of their tensors."""
-    found = (re.match(rf"{prefix}(\d+)\.", name) for name in names)
-    return len({match[1] for match in found if match})
 
 
 def _layer_module(names: Iterable[str]) -> str:
@@ -355,9 +335,7 @@ def _vocabulary(directory: Path) -> dict[str, int]:
 
 def _check_ids(ids: Mapping[str, int], vocab_size: int, from_tokenizer: bool, notes: list[str]) -> None:
     """Ids that are looked up in the embedding table must lie in it; places of pictures are not."""
-    embedded = ("bos_token_id", "eos_token_id", "vision_start_token_id", "vision_end_token_id")
-    each = {name: ids[name] if isinstance(ids[name], list) else [ids[name]] for name in embedded if ids[name]}
-    outside = {name: ids[name] for name, values in each.items() if max(values) >= vocab_size}
+    outside = checkpoint.ids_outside(ids, vocab_size)
     if outside and from_tokenizer:
         raise ValueError(
             f"The tokenizer is of another model: its {', '.join(f'{name}={value}' for name, value in outside.items())} "
