@@ -220,7 +220,7 @@ def read_vae(source: Any) -> Backbone:
     """
     if isinstance(source, nn.Module):
         name = f"vae ({type(source).__name__})"
-        return Backbone(name, _config_of_diffusers(dict(source.config), name), _tensors_of(source, name))
+        return Backbone(name, _config_of_diffusers(source.config, name), _tensors_of(source, name))
     path = find_files(source, "vae")
     if path.is_dir() and (path / VAE_FILE).is_file():
         path = path / VAE_FILE
@@ -247,9 +247,9 @@ def read_vae(source: Any) -> Backbone:
     return Backbone(name, {**facts, **settings}, tensors)
 
 
-def _config_of_diffusers(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _config_of_diffusers(raw: Any, name: str) -> dict[str, Any]:
     """`AutoencoderKL`'s config in BAGEL's words; what those words cannot say is refused."""
-    widths = list(raw.get("block_out_channels") or ())
+    widths = list(raw.get("block_out_channels") or ()) if isinstance(raw, Mapping) else []
     if not widths:
         raise ValueError(f"{name} is no diffusers.AutoencoderKL: its config has no block_out_channels.")
     ch = widths[0]
@@ -310,7 +310,9 @@ def find_files(source: str | Path, part: str = "model") -> Path:
     if path.exists():
         return path
     repository, inside = "/".join(str(source).split("/")[:2]), "/".join(str(source).split("/")[2:])
-    patterns = [inside] if inside.endswith(".safetensors") else [f"{inside}*.json", f"{inside}*.safetensors"]
+    patterns = [f"{inside}*{suffix}" for suffix in (".json", ".txt", ".safetensors")]
+    if inside.endswith(".safetensors"):
+        patterns = [inside]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns), inside)
     except (OSError, ValueError) as error:
