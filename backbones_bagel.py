@@ -47,7 +47,7 @@ from .processing_bagel import BagelProcessor
 logger = logging.get_logger(__name__)
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
-LOADING_KWARGS = ("attn_implementation", "device_map", "max_memory", "offload_folder", "quantization_config")
+LOADING_KWARGS = ("attn_implementation", "device_map", "max_memory", "offload_folder")
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SPECIAL_TOKENS = {
     f"{name}_token_id": getattr(BagelProcessor, f"{name}_token")
@@ -104,8 +104,10 @@ class Backbone:
     A pretrained part.
 
     Args:
-        name: what messages call it. config: its values in the words of BAGEL's nested config. tensors: by the names of
-        the part, without the prefix that depends on how it was saved. left: other tensors of the same checkpoint.
+        name: what messages call it.
+        config: its values in the words of BAGEL's nested config.
+        tensors: by the names they have in the part, without the prefix that depends on how it was saved.
+        left: names of other tensors of the same checkpoint.
     """
 
     name: str
@@ -378,6 +380,9 @@ def _config_of_parts(config_class, parts: Mapping[str, Backbone], config, overri
     for alias, name in SUB_CONFIG_ALIASES.items():
         if alias in overrides:
             overrides[name] = overrides.pop(alias)
+    for name in config_class.sub_configs:
+        if isinstance(overrides.get(name), PreTrainedConfig):
+            overrides[name] = overrides[name].to_dict()
     if "tie_word_embeddings" in overrides:  # the decoder's own config is asked too
         tied = {"tie_word_embeddings": overrides["tie_word_embeddings"]}
         overrides["text_config"] = {**(overrides.get("text_config") or {}), **tied}
@@ -461,7 +466,7 @@ def _tensors_of_parts(model_class, config: PreTrainedConfig, parts: Mapping[str,
     Module names to what fills them; what is new is left to transformers, which initialises missing tensors.
 
     Raises:
-        ValueError: a part lacks tensors, or has others shapes than the model of this config.
+        ValueError: a part lacks tensors, or has other shapes than the model of this config.
     """
     expected = expected_tensors(model_class, config)
     tied = {"language_model.lm_head.weight"} if config.tie_word_embeddings else set()

@@ -396,7 +396,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
                 the config gets its ids, and the vocabulary grows if it must. Qwen2.5 needs no change.
             dtype: of all but the VAE, which stays float32; "auto" is the text model's.
             kwargs: overrides of config fields (`stage`, `max_latent_size`, `tie_word_embeddings=False`, ...), and
-                `device_map`, `max_memory`, `offload_folder`, `attn_implementation`, `quantization_config`.
+                `device_map`, `max_memory`, `offload_folder`, `attn_implementation`.
 
         Raises:
             OSError: a part cannot be found or read.
@@ -462,7 +462,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         Raises:
             ValueError: the smaller table would lose special ids.
         """
-        rows = self.get_input_embeddings().weight.shape[0]
+        rows = self.config.text_config.vocab_size
         if new_num_tokens is not None and new_num_tokens < rows:
             if not shrink:
                 logger.warning_once(

@@ -469,6 +469,17 @@ def test_a_config_of_the_callers_is_taken_as_it_is_and_other_settings_are_said(s
     assert config.to_dict() == before
 
 
+def test_nested_configs_may_be_objects_and_loading_arguments_are_passed_on(stored, loaded):
+    text, vision = (
+        config_of().text_config,
+        config_of(vision_config={"image_size": 32}, vit_max_num_patch_per_side=8).vision_config,
+    )
+    model = build(stored, llm_config=text, vision_config=vision, attn_implementation="eager", device_map={"": "cpu"})
+    assert model.config._attn_implementation == "eager"
+    assert model.config.vit_max_num_patch_per_side == 8
+    torch.testing.assert_close(model(input_ids=WORDS).logits, loaded.text(WORDS).logits)
+
+
 @pytest.mark.parametrize(
     ("changes", "numbers"),
     [
