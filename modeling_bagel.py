@@ -470,7 +470,7 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
                     "tokens are padding. resize_token_embeddings(..., shrink=True) cuts them."
                 )
                 new_num_tokens = rows
-            if lost := ids_outside(vars(self.config), new_num_tokens):
+            elif lost := ids_outside(vars(self.config), new_num_tokens):
                 ids = ", ".join(f"{name}={value}" for name, value in lost.items())
                 raise ValueError(f"A table of {new_num_tokens} rows has no place for {ids}: keep more rows.")
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)

@@ -678,6 +678,8 @@ def test_fewer_tokens_than_rows_keep_the_rows(grown):
     assert model.get_output_embeddings().weight is head
     assert model.config.text_config.vocab_size == 99
     assert torch.equal(model(input_ids=WORDS).logits, before)
+    model.config.bos_token_id = 151644
+    assert model.resize_token_embeddings(98).weight is table, "nothing changes, so nothing is refused"
 
 
 def test_more_tokens_than_rows_grow_table_and_head(grown):
