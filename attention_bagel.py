@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention: the only file that knows kernels, their mask formats and cache writes. The rule comes from the layout.
 
-Eager is the definition. SDPA takes a dense bool mask or none, flex a block mask, flash-attn no mask at all: there every
-run of tokens becomes one variable-length call over the keys it may see. flash-attn is imported by transformers, and
-only when it is asked for.
+Eager is the definition. SDPA takes a dense bool mask or none (a pack of many samples is handed to it as padded batches,
+so that samples cost nothing to each other), flex a block mask, flash-attn no mask at all: there every run of tokens
+becomes one variable-length call over the keys it may see. flash-attn is imported by transformers, and only when it is
+asked for.
 
 Axes: (batch, heads, length, head_dim) in kernels, (batch, length, features) outside.
 """
@@ -39,16 +40,31 @@ class VarlenPart(NamedTuple):
     is_causal: bool
 
 
+class SampleBatch(NamedTuple):
+    """
+    Samples of a pack that one dense call handles, a row each.
+
+    `index` (samples, longest) picks tokens of the flattened (batch * length) axes, `real` marks those that are not
+    padding, `mask` is (samples, 1, longest, longest).
+    """
+
+    index: torch.LongTensor
+    real: torch.BoolTensor
+    mask: torch.BoolTensor
+
+
 class AttentionPlan(NamedTuple):
     """
     The layout in the words of one kernel; made once per forward, the same for every layer.
 
-    `mask` as the kernel wants it, `is_causal` for kernels that run without a mask, `varlen` for flash-attn.
+    `mask` as the kernel wants it, `is_causal` for kernels that run without a mask, `varlen` for flash-attn, `batches`
+    for packs under SDPA.
     """
 
     mask: object | None
     is_causal: bool
     varlen: tuple[VarlenPart, ...] | None = None
+    batches: tuple[SampleBatch, ...] | None = None
 
 
 class FrozenContext:
@@ -114,12 +130,23 @@ def plan_attention(
             device=hidden_states.device,
         )
         return AttentionPlan(mask, is_causal=False)
+    if config._attn_implementation == "sdpa" and layout.batch_size == 1 and past_key_values is None:
+        if (batches := plan_batches(layout)) is not None:
+            return AttentionPlan(None, is_causal=False, batches=batches)
     mask = layout.dense_mask(key_length)
     if config._attn_implementation in (None, "eager"):
         mask = torch.zeros(mask.shape, dtype=hidden_states.dtype, device=mask.device).masked_fill(
             ~mask, torch.finfo(hidden_states.dtype).min
         )
     return AttentionPlan(mask, is_causal=False)
+
+
+def plan_batches(layout: PackedLayout) -> tuple[SampleBatch, ...] | None:
+    """A pack as padded batches of its samples, or `None` where that would not halve the pairs of tokens to look at."""
+    apart = layout.samples_apart()
+    if 2 * sum(index.shape[0] * index.shape[1] ** 2 for index, _ in apart) > layout.length**2:
+        return None
+    return tuple(SampleBatch(index, samples.valid, samples.dense_mask()) for index, samples in apart)
 
 
 def plan_varlen(layout: PackedLayout, key_length: int | None = None) -> tuple[VarlenPart, ...]:
@@ -237,12 +264,16 @@ class BagelAttention(nn.Module):
         """-> (batch, length, heads, head_dim)."""
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
-        if plan.varlen is None:
+        if plan.varlen is None and plan.batches is None:
             return kernel(self, query, key, value, plan.mask, is_causal=plan.is_causal, **options)
         batch, _, length, _ = query.shape
         flat_q, flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         output = flat_q.new_zeros(flat_q.shape)
-        for part in plan.varlen:
+        for part in plan.batches or ():
+            q, k, v = (x[part.index].transpose(1, 2) for x in (flat_q, flat_k, flat_v))
+            attended, _ = kernel(self, q, k, v, part.mask, is_causal=False, **options)
+            output = output.index_copy(0, part.index[part.real], attended[part.real].to(output.dtype))
+        for part in plan.varlen or ():
             q = flat_q[part.q_index][None].transpose(1, 2)
             k, v = (x[part.k_index][None].transpose(1, 2) for x in (flat_k, flat_v))
             attended, _ = kernel(

@@ -50,6 +50,9 @@ PARTS = {
 }
 GEN_EXPERT, VISION, LATENTS, VAE, LANGUAGE = PARTS
 
+# Special ids with a row of their own in the embedding table; the places of pictures need none.
+EMBEDDED_IDS = ("bos_token_id", "eos_token_id", "vision_start_token_id", "vision_end_token_id")
+
 # Tables that older code stored along and that every model computes for itself.
 COMPUTED_TABLES = r"rotary_emb\.inv_freq$"
 
@@ -235,6 +238,31 @@ def _is_mid_linear(module_name: str) -> bool:
     return re.fullmatch(r"vae\.(en|de)coder\.mid_block\.attentions\.0\.to_\w+(\.0)?\.weight", module_name) is not None
 
 
+def vae_facts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What the tensors of a VAE say about its config, by released names; empty where they are no such VAE."""
+    first, last = shapes.get("encoder.conv_in.weight"), shapes.get("decoder.conv_out.weight")
+    latent = shapes.get("decoder.conv_in.weight")
+    levels = count_members(shapes, r"encoder\.down\.")
+    widths = [shapes.get(f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)]
+    if not (first and last and latent and levels and all(widths)):
+        return {}
+    return {
+        "z_channels": latent[1],
+        "downsample": 2 ** (levels - 1),
+        "in_channels": first[1],
+        "out_ch": last[0],
+        "ch": first[0],
+        "ch_mult": [width[0] // first[0] for width in widths],
+        "num_res_blocks": count_members(shapes, r"encoder\.down\.0\.block\."),
+    }
+
+
+def count_members(names: Iterable[str], prefix: str) -> int:
+    """How many members a list of modules has, from the names of their tensors."""
+    found = (re.match(rf"{prefix}(\d+)\.", name) for name in names)
+    return len({match[1] for match in found if match})
+
+
 class PointwiseConvToLinear(ConversionOps):
     """(C, C, 1, 1) -> (C, C); a linear weight stays what it is."""
 
@@ -363,6 +391,12 @@ def expected_tensors(model_class: type[nn.Module], config: PreTrainedConfig) -> 
         model = model_class(copy.deepcopy(config))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return ExpectedTensors(shapes, set(model.all_tied_weights_keys))
+
+
+def ids_outside(ids: Mapping[str, Any], rows: int) -> dict[str, int | list[int]]:
+    """Of a config's values, the special ids that are looked up in an embedding table and lie outside so many rows."""
+    found = {name: ids[name] for name in EMBEDDED_IDS if ids[name] is not None}
+    return {name: value for name, value in found.items() if max(value if isinstance(value, list) else [value]) >= rows}
 
 
 def switched_off_parts(config: PreTrainedConfig) -> list[str]:
@@ -543,9 +577,9 @@ def check_checkpoint(
             "use_safetensors=False asks for pickled weights. They are refused, because reading a pickle runs code from "
             "the file: convert them to safetensors."
         )
-    overrides = {name: kwargs.pop(name) for name in _config_fields(model_class.config_class) if name in kwargs}
+    overrides = {name: kwargs.pop(name) for name in config_fields(model_class.config_class) if name in kwargs}
     path = _base_of_adapter(path, kwargs)
-    config = _resolve_config(model_class.config_class, path, config, overrides, kwargs)
+    config = resolve_config(model_class.config_class, path, config, overrides, kwargs)
     if path is not None and not kwargs.get("gguf_file"):
         kwargs["use_safetensors"] = True  # transformers would fall back to pickles
     files = _files_to_check(path, config, kwargs)
@@ -558,7 +592,8 @@ def check_checkpoint(
     return config, kwargs
 
 
-def _config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
+def config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
+    """What `from_pretrained` takes as an override of the config."""
     fields = [field.name for field in dataclasses.fields(config_class) if field.name != "dtype"]
     return [*fields, *SUB_CONFIG_ALIASES, "output_attentions"]
 
@@ -573,7 +608,8 @@ def _base_of_adapter(path: str | os.PathLike | None, kwargs: Mapping[str, Any]) 
     return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
-def _resolve_config(config_class, path, config, overrides, kwargs) -> PreTrainedConfig:
+def resolve_config(config_class, path, config, overrides, kwargs) -> PreTrainedConfig:
+    """A new config: `config` (an object, a folder), or that of `path`, with `overrides`; `kwargs` may say where."""
     if config is None or isinstance(config, str | os.PathLike):
         source = path if config is None else config
         if source is None:

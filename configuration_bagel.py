@@ -7,6 +7,7 @@ and `llm_config`/`vit_config` (the released checkpoint). Both names are one obje
 """
 
 import copy
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -131,6 +132,8 @@ class BagelVAEConfig(PreTrainedConfig):
         ch_mult (`list[int]`): width multiplier of each resolution, from the largest picture down.
         num_res_blocks (`int`): residual blocks per resolution in the encoder (the decoder has one more).
         scale_factor, shift_factor (`float`): a latent is `scale_factor * (sample - shift_factor)`.
+        norm_num_groups (`int`, defaults to 32): groups of the group norms; it must divide `ch`. By default as many of
+            32 as divide it.
     """
 
     model_type = "bagel_vae"
@@ -146,9 +149,14 @@ class BagelVAEConfig(PreTrainedConfig):
     num_res_blocks: int = 2
     scale_factor: float | int = 0.3611
     shift_factor: float | int = 0.1159
+    norm_num_groups: int | None = None
 
     def __post_init__(self, **kwargs):
         self.ch_mult = list(self.ch_mult)
+        if self.norm_num_groups is None:
+            self.norm_num_groups = math.gcd(32, self.ch)
+        if self.norm_num_groups < 1 or self.ch % self.norm_num_groups:
+            raise ValueError(f"vae_config: norm_num_groups={self.norm_num_groups} does not divide ch={self.ch}.")
         super().__post_init__(**_without_model_type(kwargs))
         if self.downsample != 2 ** (len(self.ch_mult) - 1):
             raise ValueError(

@@ -4,6 +4,8 @@
 
     python convert_bagel.py adopt DIR                 make a released folder loadable by transformers, in place
     python convert_bagel.py export MODEL_DIR OUT_DIR  write a (fine-tuned) model as a released folder
+    python convert_bagel.py build OUT_DIR --text-model QWEN2 [--vision-model SIGLIP] [--vae VAE]
+                                                      write an untrained BAGEL made of pretrained parts
 
 The released layout: `ema.safetensors`, `ae.safetensors` (the VAE under its own names), `config.json` or
 `llm_config.json` and `vit_config.json`, tokenizer files. `adopt` adds small files to it; `export` copies tensors byte
@@ -22,7 +24,8 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -49,6 +52,7 @@ configuration = import_sibling("configuration_bagel")
 # What `trust_remote_code=True` needs beside the weights.
 RUNTIME_FILES = (
     "attention_bagel.py",
+    "backbones_bagel.py",
     "checkpoint_bagel.py",
     "configuration_bagel.py",
     "embeddings_bagel.py",
@@ -83,13 +87,26 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("export", help="write a model as a released folder")
     command.add_argument("model_dir", metavar="MODEL_DIR")
     command.add_argument("out_dir", metavar="OUT_DIR")
+    command = commands.add_parser("build", help="write an untrained BAGEL made of pretrained parts")
+    command.add_argument("out_dir", metavar="OUT_DIR")
+    command.add_argument("--text-model", required=True, help="a Qwen2 or Qwen2.5 model: folder, or name on the Hub")
+    command.add_argument("--vision-model", help="a SigLIP model; without it the model reads no pictures")
+    command.add_argument("--vae", help="an autoencoder (diffusers folder, ae.safetensors); without it, no drawing")
+    command.add_argument("--dtype", default="auto", help="of all but the VAE; by default that of the text model")
+    command.add_argument("--seed", type=int, default=0, help="of the new parts")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="a field of BagelConfig")
     options = parser.parse_args(arguments)
     try:
         if options.command == "adopt":
             print(_describe_adoption(options.directory, adopt(options.directory)))
+        elif options.command == "build":
+            parts = (options.text_model, options.vision_model, options.vae)
+            fields = dict(map(_assignment, options.set))
+            written = build(options.out_dir, *parts, dtype=options.dtype, seed=options.seed, **fields)
+            print(f"Wrote {options.out_dir}: {', '.join(written)}")
         else:
             print(f"Wrote {options.out_dir}: {', '.join(export(options.model_dir, options.out_dir))}")
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -211,7 +228,7 @@ def _complete_config(draft: dict[str, Any], model: Tensors, vae: Tensors) -> tup
     nested_facts = {
         llm: _text_facts(shapes),
         vit: _vision_facts(shapes, draft.get("vit_select_layer", -2)),
-        "vae_config": _vae_facts(shapes),
+        "vae_config": checkpoint.vae_facts(shapes),
     }
     for name, facts in nested_facts.items():
         draft[name] = _settle(draft.get(name) or {}, facts, f"{name}.", notes)
@@ -251,7 +268,10 @@ def _text_facts(shapes: Mapping[str, tuple]) -> dict[str, Any]:
     if embeddings := shapes.get("language_model.model.embed_tokens.weight"):
         facts |= {"vocab_size": embeddings[0], "hidden_size": embeddings[1]}
     if gate := shapes.get(f"{layer}mlp.gate_proj.weight"):
-        facts |= {"intermediate_size": gate[0], "num_hidden_layers": _count(shapes, r"language_model\.model\.layers\.")}
+        facts |= {
+            "intermediate_size": gate[0],
+            "num_hidden_layers": checkpoint.count_members(shapes, r"language_model\.model\.layers\."),
+        }
         facts["qk_norm"] = f"{layer}self_attn.q_norm.weight" in shapes
     if norm := shapes.get(f"{layer}self_attn.q_norm.weight"):
         for name, projection in (("num_attention_heads", "q_proj"), ("num_key_value_heads", "k_proj")):
@@ -270,33 +290,9 @@ def _vision_facts(shapes: Mapping[str, tuple], vit_select_layer: int) -> dict[st
     if hidden := shapes.get(f"{tower}encoder.layers.0.mlp.fc1.weight"):
         facts["intermediate_size"] = hidden[0]
         if vit_select_layer < 0:  # the config counts the layers of the SigLIP checkpoint, also those that are not used
-            stored = _count(shapes, r"vit_model\.vision_model\.encoder\.layers\.")
+            stored = checkpoint.count_members(shapes, r"vit_model\.vision_model\.encoder\.layers\.")
             facts["num_hidden_layers"] = stored - 1 - vit_select_layer
     return facts
-
-
-def _vae_facts(shapes: Mapping[str, tuple]) -> dict[str, Any]:
-    first, last = shapes.get("encoder.conv_in.weight"), shapes.get("decoder.conv_out.weight")
-    latent = shapes.get("decoder.conv_in.weight")
-    levels = _count(shapes, r"encoder\.down\.")
-    widths = [shapes.get(f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)]
-    if not (first and last and latent and levels and all(widths)):
-        return {}
-    return {
-        "z_channels": latent[1],
-        "downsample": 2 ** (levels - 1),
-        "in_channels": first[1],
-        "out_ch": last[0],
-        "ch": first[0],
-        "ch_mult": [width[0] // first[0] for width in widths],
-        "num_res_blocks": _count(shapes, r"encoder\.down\.0\.block\."),
-    }
-
-
-def _count(names: Iterable[str], prefix: str) -> int:
-    """How many members a list of modules has, from the names of their tensors."""
-    found = (re.match(rf"{prefix}(\d+)\.", name) for name in names)
-    return len({match[1] for match in found if match})
 
 
 def _layer_module(names: Iterable[str]) -> str:
@@ -355,9 +351,7 @@ def _vocabulary(directory: Path) -> dict[str, int]:
 
 def _check_ids(ids: Mapping[str, int], vocab_size: int, from_tokenizer: bool, notes: list[str]) -> None:
     """Ids that are looked up in the embedding table must lie in it; places of pictures are not."""
-    embedded = ("bos_token_id", "eos_token_id", "vision_start_token_id", "vision_end_token_id")
-    each = {name: ids[name] if isinstance(ids[name], list) else [ids[name]] for name in embedded if ids[name]}
-    outside = {name: ids[name] for name, values in each.items() if max(values) >= vocab_size}
+    outside = checkpoint.ids_outside(ids, vocab_size)
     if outside and from_tokenizer:
         raise ValueError(
             f"The tokenizer is of another model: its {', '.join(f'{name}={value}' for name, value in outside.items())} "
@@ -370,8 +364,8 @@ def _check_ids(ids: Mapping[str, int], vocab_size: int, from_tokenizer: bool, no
         )
 
 
-def _processor_files(config: Any) -> dict[str, bytes]:
-    """Settings of the image processor: the released ones, within what the position tables can address."""
+def _image_processor(config: Any) -> Any:
+    """The released settings, within what the position tables can address."""
     image_processor = import_sibling("image_processing_bagel").BagelImageProcessor
     defaults = image_processor()
     limits = {
@@ -379,7 +373,12 @@ def _processor_files(config: Any) -> dict[str, bytes]:
         "latent_size": config.max_latent_size * config.latent_downsample,
     }
     sizes = {name: {edge: min(n, limits[name]) for edge, n in getattr(defaults, name).items()} for name in limits}
-    made = image_processor(**sizes, patch_size=config.vit_patch_size, latent_stride=config.latent_downsample)
+    return image_processor(**sizes, patch_size=config.vit_patch_size, latent_stride=config.latent_downsample)
+
+
+def _processor_files(config: Any) -> dict[str, bytes]:
+    """The processor that fits a config, without its tokenizer."""
+    made = _image_processor(config)
     auto_maps = {name: {name: configuration.AUTO_MAP[name]} for name in ("AutoProcessor", "AutoImageProcessor")}
     whole = {
         "auto_map": auto_maps["AutoProcessor"],
@@ -441,8 +440,7 @@ def export(model_dir: str | os.PathLike, out_dir: str | os.PathLike) -> list[str
     model_dir, out_dir = Path(model_dir), Path(out_dir)
     if not model_dir.is_dir():
         raise NotADirectoryError(f"{model_dir} is not a directory.")
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise FileExistsError(f"{out_dir} exists and is not an empty directory: choose another name.")
+    _refuse_taken(out_dir)
     config = configuration.BagelConfig.from_pretrained(model_dir)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{model_dir} is quantised; the released layout is not. Export the model it was made from.")
@@ -452,24 +450,15 @@ def export(model_dir: str | os.PathLike, out_dir: str | os.PathLike) -> list[str
     files = _split_released(tensors, config.vae_config)
     small = _released_configs(config, _common_dtype(tensors))
     small |= {name: (model_dir / name).read_bytes() for name in TOKENIZER_FILES if (model_dir / name).is_file()}
-    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     size = sum(info.end - info.begin for _, info in tensors.values())
-    if size > shutil.disk_usage(partial.parent).free:
-        raise OSError(f"{partial.parent} has no room for the {size} bytes of {model_dir}.")
-    partial.mkdir()
-    try:
-        with tqdm(total=size, unit="B", unit_scale=True, desc="exporting") as progress:
-            for name, content in files.items():
-                _copy_tensors(partial / name, content, progress)
+    with (
+        _new_folder(out_dir, size) as partial,
+        tqdm(total=size, unit="B", unit_scale=True, desc="exporting") as progress,
+    ):
+        for name, content in files.items():
+            _copy_tensors(partial / name, content, progress)
         for name, content in small.items():
             (partial / name).write_bytes(content)
-        if out_dir.exists():
-            out_dir.rmdir()
-        partial.rename(out_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return [*files, *small]
 
 
@@ -594,7 +583,88 @@ def _released_vit_config(vision: Any) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Parts -> ours
+
+
+def build(
+    out_dir: str | os.PathLike,
+    text_model: str,
+    vision_model: str | None = None,
+    vae: str | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    **fields,
+) -> list[str]:
+    """
+    Write a BAGEL made of pretrained parts, with tokenizer and processor: a folder to start training from.
+
+    Args:
+        text_model: a Qwen2 model with its tokenizer. vision_model, vae, dtype, fields: see
+        `BagelForUnifiedMultimodal.from_backbones`. seed: of the parts that are new.
+
+    Returns:
+        The names of the files written.
+
+    Raises:
+        OSError: a part cannot be found or read, or `out_dir` is not empty.
+        ValueError: the parts do not make a model.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    out_dir = Path(out_dir)
+    _refuse_taken(out_dir)
+    source = import_sibling("backbones_bagel").find_files(text_model, "text_model")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    torch.manual_seed(seed)
+    model = _model_class().from_backbones(source, vision_model, vae, tokenizer=tokenizer, dtype=dtype, **fields)
+    with _new_folder(out_dir, model.get_memory_footprint()) as partial:
+        model.save_pretrained(partial)
+        new_processor(model.config, tokenizer).save_pretrained(partial)
+        written = sorted(file.name for file in partial.iterdir())
+    return written
+
+
+def new_processor(config: Any, tokenizer: Any) -> Any:
+    """The `BagelProcessor` for a new model: released prompts and transforms, pictures as large as `config` allows."""
+    template = (REPOSITORY / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    processor = import_sibling("processing_bagel").BagelProcessor
+    return processor(image_processor=_image_processor(config), tokenizer=tokenizer, chat_template=template)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"--set {text}: NAME=JSON is needed, such as max_latent_size=32.") from error
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Small files
+
+
+def _refuse_taken(out_dir: Path) -> None:
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise FileExistsError(f"{out_dir} exists and is not an empty directory: choose another name.")
+
+
+@contextmanager
+def _new_folder(out_dir: Path, size: int) -> Iterator[Path]:
+    """A folder to write `size` bytes into, which gets its name when it is complete; after an error it is gone."""
+    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if size > shutil.disk_usage(partial.parent).free:
+        raise OSError(f"{partial.parent} has no room for the {size} bytes of {out_dir.name}.")
+    partial.mkdir()
+    try:
+        yield partial
+        if out_dir.exists():
+            out_dir.rmdir()
+        partial.rename(out_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

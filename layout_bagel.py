@@ -146,6 +146,38 @@ class PackedLayout:
 
         return sees
 
+    def samples_apart(self, slack: float = 0.75) -> list[tuple[torch.LongTensor, "PackedLayout"]]:
+        """
+        A pack of many samples as a few padded batches with a row per sample, for kernels that know no packs.
+
+        Samples whose lengths differ little share a batch: none is shorter than `slack` of the longest. Padding does not
+        count as a sample. Reads the sample lengths on the host.
+
+        Returns:
+            Per batch: `index` (samples, longest) of its tokens in the flattened (batch * length) places, 0 in padding;
+            and its layout, without cached tokens.
+        """
+        row = torch.arange(self.batch_size, device=self.sample_ids.device)[:, None]
+        names = torch.where(self.valid, self.sample_ids + row * self.length, PADDING).flatten()
+        names, counts = names.unique_consecutive(return_counts=True)
+        starts = (counts.cumsum(0) - counts)[names != PADDING]
+        counts = counts[names != PADDING]
+        batches, order = [], counts.argsort(descending=True, stable=True).tolist()
+        lengths = counts.tolist()
+        while order:
+            longest = lengths[order[0]]
+            rows = [one for one in order if lengths[one] >= slack * longest]
+            order = order[len(rows) :]
+            steps = torch.arange(longest, device=starts.device)[None]
+            index, real = starts[rows][:, None] + steps, steps < counts[rows][:, None]
+            index = torch.where(real, index, 0)
+            columns = {
+                name: getattr(self, name).flatten(0, 1)[index]
+                for name in ("span_ids", "bidirectional", "noisy", "gen", "position_ids")
+            }
+            batches.append((index, PackedLayout(sample_ids=torch.where(real, 0, PADDING), **columns)))
+        return batches
+
     @classmethod
     def text(
         cls,

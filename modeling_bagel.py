@@ -9,7 +9,6 @@ Axes: (batch, length, hidden_size); a training pack is a batch of one row. `und`
 tokens), `gen` = generation expert (VAE latents, parameter suffix `_moe_gen`). t = 1 is noise, t = 0 the picture.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,11 +22,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding
-from transformers.utils import ModelOutput, can_return_tuple, is_torchvision_available
+from transformers.utils import ModelOutput, can_return_tuple, is_torchvision_available, logging
 
 from .attention_bagel import AttentionPlan, BagelAttention, plan_attention
+from .backbones_bagel import from_backbones
 from .checkpoint_bagel import (
     check_checkpoint,
+    ids_outside,
     overridden_ids,
     refuse_missing_weights,
     released_vae_names,
@@ -43,6 +44,11 @@ from .flow_bagel import interpolate, patchify_latents, training_timesteps, unpat
 from .generation_bagel import BagelGenerationMixin
 from .layout_bagel import ImagePlaces, PackedLayout, Routing, check_cover, picture_rows
 from .modeling_siglip_navit import SiglipVisionModel
+
+PIXELS_PER_ENCODING = 512 * 512  # what the VAE encodes at once; a larger picture goes alone
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -367,6 +373,40 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
                 setattr(model.generation_config, name, value)
         return (model, info) if want_info else model
 
+    @classmethod
+    def from_backbones(
+        cls, text_model, vision_model=None, vae=None, config=None, *, tokenizer=None, dtype="auto", **kwargs
+    ) -> "BagelForUnifiedMultimodal":
+        """
+        A new model of pretrained parts, as the released one was begun. Both experts start as the text model (released
+        `copy_init_moe`); connector, latent and timestep embeddings and the (zero) velocity head are new, drawn from
+        torch's global generator. A part that is a folder is read tensor by tensor; a loaded one is copied.
+
+        With `qk_norm` (the default, as released) queries and keys are normalised by norms that Qwen2 does not have and
+        that start at one, so texts differ from the text model's until it is trained;
+        `text_config={"qk_norm": False}` keeps the text model exactly.
+
+        Args:
+            text_model: `Qwen2ForCausalLM` (Qwen2, Qwen2.5), as a folder, a name on the Hub, or loaded.
+            vision_model: `SiglipVisionModel` or `SiglipModel`, likewise; `None` builds a model that reads no pictures.
+                The layers above `vit_select_layer` and the head stay behind. Its position table is interpolated if
+                `vit_max_num_patch_per_side` asks for another size.
+            vae: `diffusers.AutoencoderKL`, likewise ("owner/name/subfolder" on the Hub), or the released
+                `ae.safetensors`; `None` builds a model that draws no pictures (stage 1, no generation expert).
+            config: a `BagelConfig`, or a folder with one; by default it follows the parts.
+            tokenizer: the text model's. Special tokens of BAGEL that it lacks are added to it (save it with the model),
+                the config gets its ids, and the vocabulary grows if it must. Qwen2.5 needs no change.
+            dtype: of all but the VAE, which stays float32; "auto" is the text model's.
+            kwargs: overrides of config fields (`stage`, `max_latent_size`, `tie_word_embeddings=False`, ...), and
+                `device_map`, `max_memory`, `offload_folder`, `attn_implementation`.
+
+        Raises:
+            OSError: a part cannot be found or read.
+            ValueError: a part is of another kind, or the parts do not make the model that the config describes.
+            TypeError: an unknown argument.
+        """
+        return from_backbones(cls, text_model, vision_model, vae, config, tokenizer=tokenizer, dtype=dtype, **kwargs)
+
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """
         As everywhere in transformers. The VAE is written under its module names (`save_original_format=False`), so that
@@ -404,6 +444,38 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.lm_head = new_embeddings
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+        shrink: bool = False,
+    ) -> nn.Embedding:
+        """
+        As everywhere in transformers, but the table does not get smaller: the released one has 152,064 rows for a
+        tokenizer of 151,6xx, so `resize_token_embeddings(len(tokenizer))`, the usual line, would cut a checkpoint that
+        no longer fits the released config. Fewer tokens than rows keep the rows.
+
+        Args:
+            new_num_tokens, pad_to_multiple_of, mean_resizing: as in transformers.
+            shrink: cut the table all the same.
+
+        Raises:
+            ValueError: the smaller table would lose special ids.
+        """
+        rows = self.config.text_config.vocab_size
+        if new_num_tokens is not None and new_num_tokens < rows:
+            if not shrink:
+                logger.warning_once(
+                    f"The vocabulary keeps its {rows} rows, although {new_num_tokens} were asked for: more rows than "
+                    "tokens are padding. resize_token_embeddings(..., shrink=True) cuts them."
+                )
+                new_num_tokens = rows
+            elif lost := ids_outside(vars(self.config), new_num_tokens):
+                ids = ", ".join(f"{name}={value}" for name, value in lost.items())
+                raise ValueError(f"A table of {new_num_tokens} rows has no place for {ids}: keep more rows.")
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def get_decoder(self) -> nn.Module:
         return self.language_model.model
@@ -674,18 +746,33 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         Returns:
             Per image (height / 16 * width / 16, patch_latent_dim) for the released model, scaled and shifted.
         """
-        vae, vae_config = self.vae, self.config.vae_config
-        tokens = []
-        for number, image in enumerate(images):
-            posterior = vae.encode(image[None].to(device=vae.device, dtype=vae.dtype)).latent_dist
-            latents = posterior.mode()
+        vae_config, tokens = self.config.vae_config, []
+        for number, (mean, std) in enumerate(self._posteriors(images)):
+            latents = mean
             if sample_posterior:
                 generator = generators[number] if generators is not None else None
-                eps = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float32)
-                latents = posterior.mean + posterior.std * eps.to(device=latents.device, dtype=latents.dtype)
+                eps = torch.randn((1, *mean.shape), generator=generator, dtype=torch.float32)[0]
+                latents = mean + std * eps.to(device=mean.device, dtype=mean.dtype)
             latents = vae_config.scale_factor * (latents - vae_config.shift_factor)
-            tokens.append(patchify_latents(latents[0], self.config.latent_patch_size))
+            tokens.append(patchify_latents(latents, self.config.latent_patch_size))
         return tokens
+
+    def _posteriors(self, images: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Mean and standard deviation per image, (z_channels, h, w). Small pictures of one size share a call."""
+        same_size: dict[torch.Size, list[int]] = {}
+        for number, image in enumerate(images):
+            same_size.setdefault(image.shape, []).append(number)
+        posteriors = [None] * len(images)
+        for shape, numbers in same_size.items():
+            together = max(1, PIXELS_PER_ENCODING // (shape[1] * shape[2]))
+            for first in range(0, len(numbers), together):
+                chunk = numbers[first : first + together]
+                pixels = torch.stack([images[number] for number in chunk])
+                with torch.autocast(self.vae.device.type, enabled=False):  # float32 in mixed precision too
+                    seen = self.vae.encode(pixels.to(device=self.vae.device, dtype=self.vae.dtype)).latent_dist
+                for number, mean, std in zip(chunk, seen.mean, seen.std):
+                    posteriors[number] = mean, std
+        return posteriors
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -1022,7 +1109,7 @@ def build_vae(config: BagelVAEConfig) -> nn.Module:
         block_out_channels=tuple(config.ch * multiplier for multiplier in config.ch_mult),
         layers_per_block=config.num_res_blocks,
         latent_channels=config.z_channels,
-        norm_num_groups=math.gcd(32, config.ch),
+        norm_num_groups=config.norm_num_groups,
         sample_size=config.resolution,
         scaling_factor=config.scale_factor,
         shift_factor=config.shift_factor,

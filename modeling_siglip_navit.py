@@ -130,6 +130,10 @@ class SiglipAttention(nn.Module):
                 **options,
             )
             return self.out_proj(output[0].flatten(1)), (weights,)
+        if len(set(lengths)) == 1:  # pictures of one size: a batch
+            query, key, value = (x[0].unflatten(1, (-1, lengths[0])).transpose(0, 1) for x in (query, key, value))
+            output, weights = kernel(self, query, key, value, None, **options)  # (images, patches, heads, head_dim)
+            return self.out_proj(output.flatten(2).flatten(0, 1)), () if weights is None else tuple(weights[:, None])
         images = [x.split(lengths, dim=2) for x in (query, key, value)]
         attended = [kernel(self, q, k, v, None, **options) for q, k, v in zip(*images)]
         output = torch.cat([output for output, _ in attended], dim=1)[0]  # (patches, heads, head_dim)

@@ -32,7 +32,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from bagel_repo.attention_bagel import BagelAttention, FrozenContext, plan_attention, plan_varlen
+from bagel_repo.attention_bagel import AttentionPlan, BagelAttention, FrozenContext, plan_attention, plan_varlen
 from bagel_repo.embeddings_bagel import grid_position_ids
 from bagel_repo.flow_bagel import unpatchify_latents
 from bagel_repo.layout_bagel import PackedLayout
@@ -569,15 +569,15 @@ def test_each_kernel_gets_the_mask_in_its_own_words():
 def test_block_whose_context_is_not_padded_runs_without_a_mask():
     for past_valid in (None, torch.ones(2, 3, dtype=torch.bool)):
         plan = plan_for("sdpa", PackedLayout.noisy_blocks([2, 2], torch.tensor([1, 1]), 3, past_valid))
-        assert plan == (None, False, None)
+        assert plan == AttentionPlan(None, is_causal=False)
     for num_latents, past_valid in (([2, 1], None), ([2, 2], torch.tensor([[False, True, True], [True] * 3]))):
         layout = PackedLayout.noisy_blocks(num_latents, torch.tensor([1, 1]), 3, past_valid)
         assert torch.equal(plan_for("sdpa", layout).mask, layout.dense_mask())
 
 
 def test_plain_text_keeps_the_fast_path_of_its_kernel(flash):
-    assert plan_for("sdpa", PackedLayout.text(2, 6)) == (None, True, None)
-    assert plan_for("flash_attention_2", PackedLayout.text(2, 6)) == (None, True, None)
+    assert plan_for("sdpa", PackedLayout.text(2, 6)) == AttentionPlan(None, is_causal=True)
+    assert plan_for("flash_attention_2", PackedLayout.text(2, 6)) == AttentionPlan(None, is_causal=True)
     padded = torch.tensor([[0, 1, 1], [1, 1, 1]])
     plan = plan_for("flash_attention_2", PackedLayout.text(2, 3, padded), attention_mask=padded)
     assert torch.equal(plan.mask.long(), padded)
