@@ -20,6 +20,7 @@ from transformers import AutoModel
 
 
 pytest.importorskip("torchdata")
+pytestmark = pytest.mark.core
 REPO = Path(__file__).resolve().parents[1]
 TINY = REPO / "checkpoints" / "tiny-random"
 CONFIGS = sorted(file.name for file in (REPO / "configs").glob("*.yaml"))

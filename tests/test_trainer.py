@@ -35,6 +35,7 @@ from bagel_repo.trainer_bagel import (
 
 
 pytest.importorskip("torchdata")
+pytestmark = pytest.mark.core
 
 PACKS = [  # of one step: different lengths, one without a picture that is learned, one without labels
     [[("text", 4), ("noise", 2, 3)], [("text", 2), ("vit", 2, 2), ("text", 5)]],
@@ -128,14 +129,14 @@ def test_accumulated_packs_give_the_loss_and_gradients_of_one_big_pack(tmp_path,
     assert logged["mse"] == pytest.approx(float(output.mse.mean()), rel=1e-5)
 
 
-def test_a_plain_mean_over_packs_would_be_another_loss(tmp_path):
-    """The test above could not pass by itself."""
-    losses = [fresh_tiny_model()(**only([pack]) | {"report": None}).loss for pack in ()]
-    assert not losses
-    singles = [{name: value for name, value in pack.items() if name != "report"} for pack in packs()]
-    model = fresh_tiny_model()
-    mean = torch.stack([model(**pack).loss.detach() for pack in singles]).mean()
-    assert abs(float(mean) - float(model(**one_big_pack()).loss)) > 0.05
+def test_the_mean_of_the_losses_of_packs_is_another_number():
+    """So that the tests around could fail."""
+    model, singles = fresh_tiny_model(), packs()
+    for pack in singles:
+        del pack["report"]
+    with torch.no_grad():
+        mean = sum(float(model(**pack).loss) for pack in singles) / len(singles)
+        assert abs(mean - float(model(**one_big_pack()).loss)) > 0.05
 
 
 def test_stock_trainer_weighs_every_label_of_padded_batches_alike(tmp_path):
@@ -343,6 +344,8 @@ def test_freeze_und_trains_the_generation_expert_and_the_text_head_only(tmp_path
 
 
 def test_freezing_everything_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="stage 1"):
+        trainer_of_packs(tmp_path, packs(), fresh_tiny_model(stage=1), freeze_und=True)
     model = fresh_tiny_model()
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="Nothing is left to train"):
@@ -570,7 +573,9 @@ def test_pictures_reach_the_trackers():
     assert Weights._wandb.logged == {"samples": sheet, "train/global_step": 7}
 
 
-def test_wrong_prompts_and_decays_are_refused(tmp_path):
+def test_wrong_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="needs BagelTrainingArguments"):
+        BagelTrainer(fresh_tiny_model(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="sample_prompts"):
         arguments(tmp_path, sample_prompts='["draw red"]')
     with pytest.raises(ValueError, match=r"ema_decay=1.5"):
