@@ -45,6 +45,7 @@ from .generation_bagel import BagelGenerationMixin
 from .layout_bagel import ImagePlaces, PackedLayout, Routing, check_cover, picture_rows
 from .modeling_siglip_navit import SiglipVisionModel
 
+ROWS_ARE_PADDED_TO = 64  # a vocabulary table of a multiple of this many rows may hold padding
 PIXELS_PER_ENCODING = 512 * 512  # what the VAE encodes at once; a larger picture goes alone
 
 
@@ -450,31 +451,35 @@ class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
         new_num_tokens: int | None = None,
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
-        shrink: bool = False,
+        shrink: bool | None = None,
     ) -> nn.Embedding:
         """
-        As everywhere in transformers, but the table does not get smaller: the released one has 152,064 rows for a
+        As everywhere in transformers, but a padded table does not get smaller: the released one has 152,064 rows for a
         tokenizer of 151,6xx, so `resize_token_embeddings(len(tokenizer))`, the usual line, would cut a checkpoint that
-        no longer fits the released config. Fewer tokens than rows keep the rows.
+        no longer fits the released config. There, fewer tokens than rows keep the rows.
 
         Args:
             new_num_tokens, pad_to_multiple_of, mean_resizing: as in transformers.
-            shrink: cut the table all the same.
+            shrink: cut the table (`True`) or never (`False`). By default only a table whose rows are no multiple of 64,
+                and that therefore holds no padding, is cut.
 
         Raises:
             ValueError: the smaller table would lose special ids.
         """
         rows = self.config.text_config.vocab_size
         if new_num_tokens is not None and new_num_tokens < rows:
-            if not shrink:
+            padded = rows % ROWS_ARE_PADDED_TO == 0
+            if not (shrink or (shrink is None and not padded)):
                 logger.warning_once(
                     f"The vocabulary keeps its {rows} rows, although {new_num_tokens} were asked for: more rows than "
                     "tokens are padding. resize_token_embeddings(..., shrink=True) cuts them."
                 )
                 new_num_tokens = rows
             elif lost := ids_outside(vars(self.config), new_num_tokens):
-                ids = ", ".join(f"{name}={value}" for name, value in lost.items())
-                raise ValueError(f"A table of {new_num_tokens} rows has no place for {ids}: keep more rows.")
+                without = ids_outside(vars(self.config), rows)  # never had a place, so nothing is lost
+                ids = ", ".join(f"{name}={value}" for name, value in lost.items() if name not in without)
+                if ids:
+                    raise ValueError(f"A table of {new_num_tokens} rows has no place for {ids}: keep more rows.")
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def get_decoder(self) -> nn.Module:
