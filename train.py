@@ -36,7 +36,6 @@ READERS = {
     "vlm_jsonl": data.vlm_jsonl,
 }
 SOURCE_FIELDS = {field.name for field in fields(data.DataSource)} - {"rows", "convert"}
-NOT_QUANTIZED = ["lm_head", "vit_model", "connector", "vae", "time_embedder", "vae2llm", "llm2vae"]
 
 
 @dataclass
@@ -227,7 +226,6 @@ def load(args: ModelArguments) -> tuple[Any, Any]:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=NOT_QUANTIZED,  # its name for every kind of quantization
         )
     model_class = import_sibling("modeling_bagel").BagelForUnifiedMultimodal
     model = model_class.from_pretrained(args.model_name_or_path, dtype=dtype, **settings)

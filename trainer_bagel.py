@@ -13,6 +13,7 @@ import os
 import shutil
 import textwrap
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,8 @@ class BagelTrainer(Trainer):
 
     def __init__(self, model=None, args: BagelTrainingArguments | None = None, **kwargs):
         args = BagelTrainingArguments() if args is None else args
+        if not isinstance(args, BagelTrainingArguments):
+            raise ValueError(f"args are {type(args).__name__}; BagelTrainer needs BagelTrainingArguments.")
         super().__init__(model, args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -178,15 +181,17 @@ class BagelTrainer(Trainer):
         except ImportError as error:
             raise ImportError("Training on packs needs torchdata: `pip install -r requirements-train.txt`.") from error
         args = self.args
-        return StatefulDataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
-            generator=torch.Generator(),  # making an iterator draws a number: not from the generator of the noise
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # its own call of torch
+            return StatefulDataLoader(
+                dataset,
+                batch_size=None,
+                num_workers=workers,
+                pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+                prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+                multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
+                generator=torch.Generator(),  # making an iterator draws a number: not from the generator of the noise
+            )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
         """For packs (2,): text labels, or their weights, and learned latent tokens of the step, over all ranks."""
@@ -399,6 +404,8 @@ class BagelTrainer(Trainer):
             return super().train(None if self._resume is None else str(self._resume), **kwargs)
         finally:
             self.processing_class = self._processor
+            if self._loader is not None:  # ends its workers now: left to the garbage collector, each takes 5 s
+                self._loader._iterator = None
 
     def _get_output_dir(self, trial) -> str:
         directory = super()._get_output_dir(trial)
@@ -635,7 +642,7 @@ def matrices(model: torch.nn.Module) -> dict[str, int]:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     names, sums = set(linears), dict.fromkeys(("und", "gen", "all", "vit", "latent", "labels", "velocities"), 0)
     for name, module in linears.items():
-        if _is_in(name, "vae"):
+        if _is_in(name, "vae") or _is_in(name, "original_module"):  # the latter: what PEFT keeps beside its copy
             continue
         kind = "all"
         if _is_in(name, "vit_model") or _is_in(name, "connector"):
@@ -700,13 +707,13 @@ def freeze(model: torch.nn.Module, args: BagelTrainingArguments) -> None:
     Switch gradients off as the released options of these names do; the VAE never has any.
 
     Raises:
-        ValueError: nothing is left to train.
+        ValueError: nothing would be left to train.
     """
-    names = {name for name, _ in model.named_parameters()}
-    config = getattr(model.config, "text_config", None)
-    if config is not None and args.freeze_und:
-        config.freeze_und = True
-    tied = getattr(model.config, "tie_word_embeddings", False)
+    names, tied = {name for name, _ in model.named_parameters()}, model.config.tie_word_embeddings
+    if args.freeze_und:
+        if not model.config.visual_gen:
+            raise ValueError("freeze_und leaves nothing to train in a model that only reads (stage 1).")
+        model.config.text_config.freeze_und = True
     for name, parameter in model.named_parameters():
         frozen = (
             _is_in(name, "vae")
@@ -834,6 +841,7 @@ def plot_losses(history: Sequence[Mapping[str, float]], file: str | os.PathLike)
                 axes.plot(*zip(*curves[curve]), style, label=curve, markersize=3, linewidth=1)
         axes.set(xlabel="step", title=name)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right")
+        if axes.lines:
+            axes.legend(loc="upper right")
     figure.savefig(file, dpi=110)
     return True

@@ -21,6 +21,7 @@ def test_every_python_block_of_the_readme_runs(repo, tmp_path, monkeypatch, caps
         (tmp_path / name).symlink_to(repo / name)
     (tmp_path / "outputs").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(repo)
     blocks = code_blocks(repo, "python")
     assert len(blocks) >= 7
     namespace = {}
