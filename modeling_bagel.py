@@ -42,6 +42,7 @@ from .embeddings_bagel import (
 from .flow_bagel import interpolate, patchify_latents, training_timesteps, unpatchify_latents, velocity_target
 from .generation_bagel import BagelGenerationMixin
 from .layout_bagel import ImagePlaces, PackedLayout, Routing, check_cover, picture_rows
+from .lora_bagel import BagelAdapterMixin
 from .modeling_siglip_navit import SiglipVisionModel
 
 
@@ -305,7 +306,7 @@ class BagelLanguageModel(BagelPreTrainedModel):
         return self.model.embed_tokens
 
 
-class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
+class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGenerationMixin):
     """
     The whole model: reads text and pictures, writes text (`generate`) and pictures (`generation_mode="image"`).
 
