@@ -235,12 +235,14 @@ def _compare(
 
 def _unfilled(targeted: set[str], stored: Mapping[str, tuple[int, ...]]) -> list[str]:
     """
-    Targeted layers without tensors. A whole expert without any is fine: an adapter of a model that lacks it leaves it
-    as it is (PEFT puts neutral ones there, if its targets are a list of ends).
+    Targeted layers without tensors. A whole expert or tower without any is fine: an adapter of a model that lacks it
+    leaves it as it is (PEFT puts neutral layers there, if the targets are a list of ends).
     """
     filled = {match["layer"] for name in stored if (match := _LORA_TENSOR.fullmatch(name))}
-    by_expert = {gen: {name for name in targeted if ("_moe_gen" in name) == gen} for gen in (False, True)}
-    return sorted(name for names in by_expert.values() if names & filled for name in names - filled)
+    parts: dict[tuple[str, bool], set[str]] = {}
+    for name in targeted:
+        parts.setdefault((name.split(".")[0], "_moe_gen" in name), set()).add(name)
+    return sorted(name for names in parts.values() if names & filled for name in names - filled)
 
 
 def _is_lora(peft_config: Any) -> bool:
@@ -289,8 +291,8 @@ def _shape(shape: tuple[int | str, ...]) -> str:
 
 def _layers(names: Sequence[str]) -> str:
     found = sorted({int(match[1]) for name in names if (match := re.search(r"\.layers\.(\d+)\.", name))})
-    numbers = f" (decoder layers {found[0]} to {found[-1]})" if found else ""
-    return f"{numbers}: {_some(names)}"
+    numbers = f"{found[0]} to {found[-1]}" if len(found) > 1 else "".join(map(str, found))
+    return (f" (decoder layer {numbers})" if numbers else "") + f": {_some(names)}"
 
 
 def _some(names: Sequence[str], limit: int = 2) -> str:
@@ -368,18 +370,24 @@ class BagelAdapterMixin:
                 **kwargs,
             )
 
+    def set_adapter(self, adapter_name: list[str] | str) -> None:
+        """As everywhere in transformers, also for adapters with different `modules_to_save`."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if not names or not set(names) <= self._adapters().keys():
+            return super().set_adapter(adapter_name)  # says what is wrong
+        _peft().functional.set_adapter(self, names)
+
     def enable_adapters(self) -> None:
         """As everywhere in transformers, whose version leaves `modules_to_save` switched off."""
         super().enable_adapters()
         for module in self.modules():
-            if isinstance(module, _peft().utils.ModulesToSaveWrapper):
+            if isinstance(module, _peft().utils.other.AuxiliaryTrainingWrapper):
                 module.enable_adapters(True)
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
-        """As everywhere in transformers; with the last adapter its wrappers go too, so that saving works again."""
+        """As everywhere in transformers; empty wrappers go too, so that a model without adapters saves as such."""
         super().delete_adapter(adapter_names)
-        if not self._hf_peft_config_loaded:
-            _unwrap(self)
+        _unwrap(self)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -393,12 +401,12 @@ class BagelAdapterMixin:
             self._hf_peft_config_loaded = True  # what `delete_adapter` asks for
             if added := [name for name in self._adapters() if name not in before]:
                 super().delete_adapter(added)
+            _unwrap(self)
             if before:
                 self.set_adapter(active)
             else:
                 self._hf_peft_config_loaded = False
                 self.__dict__.pop("peft_config", None)
-                _unwrap(self)
             for parameter in self.parameters():
                 parameter.requires_grad_(id(parameter) in trainable)
             self.train(training)
@@ -426,18 +434,22 @@ class BagelAdapterMixin:
 
 
 def _unwrap(model: nn.Module) -> None:
-    """Put the layers that PEFT has wrapped back into their places."""
+    """Put the layers in whose wrappers no adapter is left back into their places."""
     peft = _peft()
     for name, module in list(model.named_modules()):
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-            model.set_submodule(name, module.get_base_layer())
+            inner = module.get_base_layer()
         elif isinstance(module, peft.utils.other.AuxiliaryTrainingWrapper):
-            model.set_submodule(name, module.original_module)
+            inner = module.original_module
+        else:
+            continue
+        if not module._get_available_adapters():
+            model.set_submodule(name, inner)
 
 
 def _peft() -> ModuleType:
     try:
-        import peft
+        import peft.functional
     except ImportError as error:
         raise ImportError(
             "Adapters need PEFT: `pip install peft` (tested versions: requirements-train.txt)."
