@@ -669,9 +669,12 @@ def refuse_missing_weights(
     Raises:
         ValueError: naming the tensors.
     """
-    problems = _describe_missing(sorted(info["missing_keys"]), model.state_dict())
+    of_adapter = getattr(
+        model, "_hf_peft_config_loaded", False
+    )  # then `info` is its own, and `load_adapter` has judged
+    problems = [] if of_adapter else _describe_missing(sorted(info["missing_keys"]), model.state_dict())
     as_stored = getattr(model, "hf_quantizer", None) is None and kwargs.get("key_mapping") is None
-    if as_stored and (foreign := _foreign(info["unexpected_keys"], model.config)):
+    if as_stored and not of_adapter and (foreign := _foreign(info["unexpected_keys"], model.config)):
         problems += _describe_foreign(foreign, model.config)
     if unfilled := _unfilled(model):
         problems.append(f"{len(unfilled)} tensors were given no memory while loading: {_some(unfilled)}.")

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import cached_file, logging
@@ -136,7 +138,7 @@ def check_adapter_tensors(model: nn.Module, peft_config: Any, shapes: Mapping[st
     """
     base = _layer_sizes(model)
     shapes = {name.removeprefix(PEFT_PREFIX): tuple(shape) for name, shape in shapes.items()}
-    switched_off = re.compile("|".join(switched_off_parts(model.config)) or r"(?!)")
+    switched_off = _switched_off(model)
     used = {name: shape for name, shape in shapes.items() if not switched_off.search(name)}
     if not used:
         raise ValueError(
@@ -245,6 +247,11 @@ def _unfilled(targeted: set[str], stored: Mapping[str, tuple[int, ...]]) -> list
     return sorted(name for names in parts.values() if names & filled for name in names - filled)
 
 
+def _switched_off(model: nn.Module) -> re.Pattern:
+    """Tensors that may be there although the model is built without their part."""
+    return re.compile("|".join(switched_off_parts(model.config)) or r"(?!)")
+
+
 def _is_lora(peft_config: Any) -> bool:
     return getattr(peft_config.peft_type, "value", peft_config.peft_type) == "LORA"
 
@@ -350,25 +357,47 @@ class BagelAdapterMixin:
 
         Raises:
             OSError: no adapter there, pickled weights, or a truncated file. ValueError: it was made for another base.
+            RuntimeError: the installed transformers and PEFT do not find tensors or shapes that are there.
         """
         load_config = kwargs.get("load_config")
         source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
         if adapter_state_dict is not None and peft_config is not None:
             shapes = {name: tensor.shape for name, tensor in adapter_state_dict.items()}
             check_adapter_tensors(self, peft_config, shapes, "adapter_state_dict")
-        elif source is not None and adapter_state_dict is None:
+        elif source is not None:
             given = {**(getattr(load_config, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {})}
             given |= kwargs
             hub_kwargs = {name: given[name] for name in HUB_KWARGS if given.get(name) is not None}
-            check_adapter(self, source, **hub_kwargs)
+            folder = check_adapter(self, source, **hub_kwargs)
         with self._all_or_nothing():
-            return super().load_adapter(
-                peft_model_id,
-                adapter_name,
-                peft_config=peft_config,
-                adapter_state_dict=adapter_state_dict,
-                **kwargs,
+            info = super().load_adapter(
+                peft_model_id, adapter_name, peft_config=peft_config, adapter_state_dict=adapter_state_dict, **kwargs
             )
+            weights = Path(folder, ADAPTER_WEIGHTS) if adapter_state_dict is None else adapter_state_dict
+            found = self._load_saved_modules(adapter_name or "default", weights)
+            switched_off = _switched_off(self)
+            lost = sorted(name for name in info.unexpected_keys - found if not switched_off.search(name))
+            if lost:
+                raise RuntimeError(
+                    f"{len(lost)} tensors of the adapter found no place: {_some(lost)}. They fit the model, so PEFT "
+                    f"{_peft().__version__} names them differently from what transformers expects: install peft>=0.20."
+                )
+        return info
+
+    def _load_saved_modules(self, adapter_name: str, stored: Mapping[str, torch.Tensor] | Path) -> set[str]:
+        """The copies of `modules_to_save`, which transformers 5.17 does not find; -> names of the tensors taken."""
+        wrapper = _peft().utils.other.AuxiliaryTrainingWrapper
+        places = {
+            f"{name}.{source}": f"{name}.{target}"
+            for name, module in self.named_modules()
+            if isinstance(module, wrapper)
+            for source, target in module.adapter_state_dict_load_map(adapter_name).items()
+        }
+        if places:
+            stored = load_file(stored) if isinstance(stored, Path) else stored
+            bare = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored.items()}
+            self.load_state_dict({places[name]: bare[name] for name in places.keys() & bare.keys()}, strict=False)
+        return set(places)
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
         """As everywhere in transformers, also for adapters with different `modules_to_save`."""

@@ -297,6 +297,7 @@ def test_stored_adapter_is_the_same_whichever_way_it_is_loaded(tiny_directory, p
     wrapped = adapted(load(tiny_directory), modules_to_save=["llm2vae", "connector"], task_type="CAUSAL_LM")
     with torch.no_grad():
         wrapped.connector.modules_to_save["default"].fc1.weight.add_(0.1)
+        wrapped.llm2vae.modules_to_save["default"].weight.add_(0.1)
     says = say_and_draw(wrapped, prompts)
     wrapped.save_pretrained(tmp_path / "by_peft")
     assert set(json.loads((tmp_path / "by_peft" / "adapter_config.json").read_text())) >= {"target_modules", "r"}
@@ -523,6 +524,26 @@ def test_load_that_fails_halfway_leaves_the_model_alone(stored, tmp_path):
     with pytest.raises(ValueError, match="good already exists"):
         model.load_adapter(stored / "with head", "good")
     assert_same_state(model, before)
+
+
+def test_load_that_finds_no_place_for_tensors_is_refused(stored, monkeypatch):
+    """As PEFT 0.19 does under transformers 5.17: it reports every tensor as unexpected, and goes on without them."""
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    original = PeftAdapterMixin.load_adapter
+
+    def lossy(self, *args, **kwargs):
+        info = original(self, *args, **kwargs)
+        info.unexpected_keys = {"base_model.model.a.lora_A.weight", "base_model.model.b_moe_gen.c.lora_A.weight"}
+        return info
+
+    monkeypatch.setattr(PeftAdapterMixin, "load_adapter", lossy)
+    for overrides, lost in (({}, 2), ({"stage": 1}, 1)):  # in stage 1 the generation expert may be absent
+        model = fresh_tiny_model(**overrides)
+        before = state(model)
+        with pytest.raises(RuntimeError, match=f"{lost} tensors of the adapter found no place.*install peft"):
+            model.load_adapter(stored / "itself")
+        assert_same_state(model, before)
 
 
 def test_peft_model_says_both_shapes_too(stored):
