@@ -130,9 +130,9 @@ def plan_attention(
             device=hidden_states.device,
         )
         return AttentionPlan(mask, is_causal=False)
-    if config._attn_implementation == "sdpa" and layout.batch_size == 1 and past_key_values is None:
-        if (batches := plan_batches(layout)) is not None:
-            return AttentionPlan(None, is_causal=False, batches=batches)
+    packed = config._attn_implementation == "sdpa" and layout.batch_size == 1 and past_key_values is None
+    if packed and (batches := plan_batches(layout)) is not None:
+        return AttentionPlan(None, is_causal=False, batches=batches)
     mask = layout.dense_mask(key_length)
     if config._attn_implementation in (None, "eager"):
         mask = torch.zeros(mask.shape, dtype=hidden_states.dtype, device=mask.device).masked_fill(

@@ -43,7 +43,9 @@ from .embeddings_bagel import (
 from .flow_bagel import interpolate, patchify_latents, training_timesteps, unpatchify_latents, velocity_target
 from .generation_bagel import BagelGenerationMixin
 from .layout_bagel import ImagePlaces, PackedLayout, Routing, check_cover, picture_rows
+from .lora_bagel import BagelAdapterMixin
 from .modeling_siglip_navit import SiglipVisionModel
+
 
 ROWS_ARE_PADDED_TO = 64  # a vocabulary table of a multiple of this many rows may hold padding
 PIXELS_PER_ENCODING = 512 * 512  # what the VAE encodes at once; a larger picture goes alone
@@ -313,7 +315,7 @@ class BagelLanguageModel(BagelPreTrainedModel):
         return self.model.embed_tokens
 
 
-class BagelForUnifiedMultimodal(BagelPreTrainedModel, BagelGenerationMixin):
+class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGenerationMixin):
     """
     The whole model: reads text and pictures, writes text (`generate`) and pictures (`generation_mode="image"`).
 
