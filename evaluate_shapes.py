@@ -65,7 +65,7 @@ def draw(model: Any, processor: Any, tasks: Sequence[Task], seed: int, **options
     """Drawings and edits, each from noise of its own."""
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(tasks))]
     inputs = prepare(processor, tasks, "image").to(model.device)
-    pictures = model.generate(**inputs, generation_mode="image", generator=generators, **options)
+    pictures = model.generate(**inputs, generation_mode="image", generator=generators, progress_bar=False, **options)
     return [_judged(task, picture) for task, picture in zip(tasks, pictures)]
 
 
