@@ -121,7 +121,9 @@ def main() -> int:
     contact_sheet(rows, f"BAGEL: {arguments.model.name}").save(file)
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Look at {file}")
     if arguments.model.resolve() == EMBEDDED:
-        print("The embedded model knows coloured shapes and nothing else; `python convert_bagel.py adopt DIR` makes the")
+        print(
+            "The embedded model knows coloured shapes and nothing else; `python convert_bagel.py adopt DIR` makes the"
+        )
         print("released 7B weights loadable, `python demo.py --model DIR` then shows them.")
     return 0
 

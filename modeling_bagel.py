@@ -775,8 +775,11 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
             for first in range(0, len(numbers), together):
                 chunk = numbers[first : first + together]
                 pixels = torch.stack([images[number] for number in chunk])
+                pixels = pixels.to(device=self.vae.device, dtype=self.vae.dtype)
+                if pixels.device.type == "cpu":  # a third faster there
+                    pixels = pixels.to(memory_format=torch.channels_last)
                 with torch.autocast(self.vae.device.type, enabled=False):  # float32 in mixed precision too
-                    seen = self.vae.encode(pixels.to(device=self.vae.device, dtype=self.vae.dtype)).latent_dist
+                    seen = self.vae.encode(pixels).latent_dist
                 for number, mean, std in zip(chunk, seen.mean, seen.std):
                     posteriors[number] = mean, std
         return posteriors
@@ -965,7 +968,14 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
                     f"The input reaches position {last}, but max_position_embeddings={limit}: positions from there on "
                     "were never trained. Shorten the prompt (a picture takes one position, a text token one each)."
                 )
-        plan = plan_attention(self.config.text_config, layout, inputs_embeds, attention_mask, past_key_values)
+        plan = plan_attention(
+            self.config.text_config,
+            layout,
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
+            recording.get("output_attentions", False),
+        )
         return self.language_model.model(inputs_embeds, layout, plan, past_key_values, **recording)
 
     # ---- training packs
