@@ -100,8 +100,8 @@ def plan_attention(
     Translate the layout for the kernel that `config._attn_implementation` names.
 
     Plain causal text goes through transformers' own mask creation, so that static caches, compiled decoding and every
-    kernel's fast path work as for any other model; `attention_mask` (2-D, or a finished 4-D mask) is only read there. Weights
-    (`output_attentions`) are those of one call over all tokens.
+    kernel's fast path work as for any other model; `attention_mask` (2-D, or a finished 4-D mask) is only read there.
+    With `output_attentions`, a pack stays whole, so that weights are those of one call.
     """
     if layout.causal:
         mask = create_causal_mask(
