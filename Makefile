@@ -1,5 +1,7 @@
 # make demo   set everything up in .venv and see the model work
 # make test   set everything up and run the tests
+# make eval   measure the embedded model on tasks it has never seen (minutes)
+# make tiny-shapes  train the embedded model from nothing, as it was (hours)
 # make check  lint and format, as CI does
 # make test-oldest  the core of the suite on the oldest supported transformers
 
@@ -10,7 +12,7 @@ WORKERS ?= 2
 VENV := .venv
 OLDEST := .venv-oldest
 
-.PHONY: demo test check format test-oldest clean
+.PHONY: demo test eval tiny-shapes check format test-oldest clean
 
 $(VENV)/ready: requirements.txt requirements-train.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +28,14 @@ $(OLDEST)/ready: requirements.txt requirements-train.txt requirements-dev.txt
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python demo.py
+
+eval: $(VENV)/ready
+	$(VENV)/bin/python evaluate_shapes.py
+
+tiny-shapes: $(VENV)/ready
+	$(VENV)/bin/python build_tiny_shapes.py start outputs/tiny-shapes/start
+	$(VENV)/bin/python train.py --config configs/tiny_shapes.yaml --resume_from_checkpoint auto
+	$(VENV)/bin/python build_tiny_shapes.py finish outputs/tiny-shapes/run/ema
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n $(WORKERS)

@@ -2,10 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention: the only file that knows kernels, their mask formats and cache writes. The rule comes from the layout.
 
-Eager is the definition. SDPA takes a dense bool mask or none (a pack of many samples is handed to it as padded batches,
-so that samples cost nothing to each other), flex a block mask, flash-attn no mask at all: there every run of tokens
-becomes one variable-length call over the keys it may see. flash-attn is imported by transformers, and only when it is
-asked for.
+Eager is the definition. Eager and SDPA take a dense mask or none (and a pack of many samples as padded batches, so that
+samples cost nothing to each other), flex a block mask, flash-attn no mask at all: there every run of tokens becomes one
+variable-length call over the keys it may see. flash-attn is imported by transformers, and only when it is asked for.
 
 Axes: (batch, heads, length, head_dim) in kernels, (batch, length, features) outside.
 """
@@ -50,7 +49,7 @@ class SampleBatch(NamedTuple):
 
     index: torch.LongTensor
     real: torch.BoolTensor
-    mask: torch.BoolTensor
+    mask: torch.Tensor
 
 
 class AttentionPlan(NamedTuple):
@@ -58,7 +57,7 @@ class AttentionPlan(NamedTuple):
     The layout in the words of one kernel; made once per forward, the same for every layer.
 
     `mask` as the kernel wants it, `is_causal` for kernels that run without a mask, `varlen` for flash-attn, `batches`
-    for packs under SDPA.
+    for packs of many samples under eager and SDPA, where samples then cost nothing to each other.
     """
 
     mask: object | None
@@ -95,12 +94,14 @@ def plan_attention(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     past_key_values=None,
+    output_attentions: bool = False,
 ) -> AttentionPlan:
     """
     Translate the layout for the kernel that `config._attn_implementation` names.
 
     Plain causal text goes through transformers' own mask creation, so that static caches, compiled decoding and every
     kernel's fast path work as for any other model; `attention_mask` (2-D, or a finished 4-D mask) is only read there.
+    With `output_attentions`, a pack stays whole, so that weights are those of one call.
     """
     if layout.causal:
         mask = create_causal_mask(
@@ -130,23 +131,33 @@ def plan_attention(
             device=hidden_states.device,
         )
         return AttentionPlan(mask, is_causal=False)
-    if config._attn_implementation == "sdpa" and layout.batch_size == 1 and past_key_values is None:
-        if (batches := plan_batches(layout)) is not None:
+    eager = config._attn_implementation in (None, "eager")
+    packed = layout.batch_size == 1 and past_key_values is None and not output_attentions
+    if packed and (eager or config._attn_implementation == "sdpa"):
+        batches = plan_batches(layout, hidden_states.dtype if eager else None)
+        if batches is not None:
             return AttentionPlan(None, is_causal=False, batches=batches)
     mask = layout.dense_mask(key_length)
-    if config._attn_implementation in (None, "eager"):
-        mask = torch.zeros(mask.shape, dtype=hidden_states.dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(hidden_states.dtype).min
-        )
-    return AttentionPlan(mask, is_causal=False)
+    return AttentionPlan(_added(mask, hidden_states.dtype) if eager else mask, is_causal=False)
 
 
-def plan_batches(layout: PackedLayout) -> tuple[SampleBatch, ...] | None:
-    """A pack as padded batches of its samples, or `None` where that would not halve the pairs of tokens to look at."""
+def _added(mask: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as what eager attention adds to its scores."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def plan_batches(layout: PackedLayout, added_as: torch.dtype | None = None) -> tuple[SampleBatch, ...] | None:
+    """
+    A pack as padded batches of its samples, or `None` where that would not halve the pairs of tokens to look at.
+
+    `added_as`: the type of masks that are added to scores; bool masks without it.
+    """
     apart = layout.samples_apart()
     if 2 * sum(index.shape[0] * index.shape[1] ** 2 for index, _ in apart) > layout.length**2:
         return None
-    return tuple(SampleBatch(index, samples.valid, samples.dense_mask()) for index, samples in apart)
+    masks = [samples.dense_mask() for _, samples in apart]
+    masks = masks if added_as is None else [_added(mask, added_as) for mask in masks]
+    return tuple(SampleBatch(index, samples.valid, mask) for (index, samples), mask in zip(apart, masks))
 
 
 def plan_varlen(layout: PackedLayout, key_length: int | None = None) -> tuple[VarlenPart, ...]:

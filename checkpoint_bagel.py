@@ -27,6 +27,7 @@ from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
 
 from .configuration_bagel import SUB_CONFIG_ALIASES, BagelVAEConfig
@@ -63,6 +64,11 @@ ELEMENT_BYTES = {
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+# What quantisation leaves alone: all that turns pictures, times and words into features and back (7 % of the released
+# parameters), because its errors are not averaged out by further layers.
+UNQUANTISED = ("vae", "vit_model", "connector", "time_embedder", "vae2llm", "llm2vae", "language_model.lm_head")
+SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # bitsandbytes, most others, HQQ
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -578,6 +584,8 @@ def check_checkpoint(
             "the file: convert them to safetensors."
         )
     overrides = {name: kwargs.pop(name) for name in config_fields(model_class.config_class) if name in kwargs}
+    if kwargs.get("quantization_config") is not None:
+        kwargs["quantization_config"] = decoder_only(kwargs["quantization_config"])
     path = _base_of_adapter(path, kwargs)
     config = resolve_config(model_class.config_class, path, config, overrides, kwargs)
     if path is not None and not kwargs.get("gguf_file"):
@@ -590,6 +598,23 @@ def check_checkpoint(
         if strict and kwargs.get("key_mapping") is None:
             check_tensors(model_class, config, tensors, kwargs.get("ignore_mismatched_sizes", False))
     return config, kwargs
+
+
+def decoder_only(quantization_config: Any) -> Any:
+    """
+    A copy of a quantisation config that leaves everything but the decoder's layers as it is stored.
+
+    transformers by itself spares only `lm_head`. A list of modules to skip is added to; a method without such a list
+    is returned as it is.
+    """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    quantization_config = copy.deepcopy(quantization_config)
+    for name in SKIP_LISTS:
+        if hasattr(quantization_config, name):
+            skipped = getattr(quantization_config, name) or ()
+            setattr(quantization_config, name, list(dict.fromkeys([*skipped, *UNQUANTISED])))
+    return quantization_config
 
 
 def config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
@@ -680,9 +705,12 @@ def refuse_missing_weights(
     Raises:
         ValueError: naming the tensors.
     """
-    problems = _describe_missing(sorted(info["missing_keys"]), model.state_dict())
+    of_adapter = getattr(
+        model, "_hf_peft_config_loaded", False
+    )  # then `info` is its own, and `load_adapter` has judged
+    problems = [] if of_adapter else _describe_missing(sorted(info["missing_keys"]), model.state_dict())
     as_stored = getattr(model, "hf_quantizer", None) is None and kwargs.get("key_mapping") is None
-    if as_stored and (foreign := _foreign(info["unexpected_keys"], model.config)):
+    if as_stored and not of_adapter and (foreign := _foreign(info["unexpected_keys"], model.config)):
         problems += _describe_foreign(foreign, model.config)
     if unfilled := _unfilled(model):
         problems.append(f"{len(unfilled)} tensors were given no memory while loading: {_some(unfilled)}.")

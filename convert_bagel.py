@@ -60,6 +60,7 @@ RUNTIME_FILES = (
     "generation_bagel.py",
     "image_processing_bagel.py",
     "layout_bagel.py",
+    "lora_bagel.py",
     "modeling_bagel.py",
     "modeling_siglip_navit.py",
     "processing_bagel.py",

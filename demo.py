@@ -1,8 +1,8 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""See it work: answers about a picture, draws one from text, edits one, and saves a sheet of all three.
+"""See it work: draws a picture from text, answers a question about one, edits one, and saves a sheet of all three.
 
-    python demo.py [--model DIR] [--image FILE] [--output DIR]
+    python demo.py [--model DIR] [--image FILE] [--drawing TEXT] [--question TEXT] [--edit TEXT] [--output DIR]
 
 A script over the public API only: everything here is what a user would type.
 """
@@ -19,9 +19,20 @@ from transformers import AutoModel, AutoProcessor, logging
 
 
 REPOSITORY = Path(__file__).resolve().parent
-QUESTION = "What is in the picture?"
-DRAWING = "A red car in front of a blue house"
-EDIT = "Make it night"
+EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"
+# what the embedded model knows is shapes; without an image, the picture just drawn is asked about and edited
+SHAPES = {
+    "drawing": "draw a large red circle at the left and a small blue star at the right on a white ground",
+    "question": "describe the picture.",
+    "edit": "make the circle green",
+    "image": None,
+}
+ANYTHING = {
+    "drawing": "A red car in front of a blue house",
+    "question": "What is in the picture?",
+    "edit": "Make it night",
+    "image": REPOSITORY / "assets" / "cat.jpg",
+}
 
 
 def ask(model, processor, image: Image.Image, question: str, max_new_tokens: int = 32) -> str:
@@ -60,7 +71,10 @@ def contact_sheet(rows: list[tuple[str, Image.Image | None, Image.Image | str]],
         for column, item in enumerate(row):
             left = margin + column * (cell + margin)
             if isinstance(item, Image.Image):
-                sheet.paste(ImageOps.contain(item, (cell, cell)), (left, top))
+                small_picture = max(item.size) < cell
+                resample = Image.Resampling.NEAREST if small_picture else Image.Resampling.BICUBIC
+                picture = ImageOps.expand(ImageOps.contain(item, (cell - 2, cell - 2), resample), 1, "grey")
+                sheet.paste(picture, (left, top))
             elif item is not None:
                 text = "\n".join(textwrap.fill(line, 32) for line in item.splitlines())
                 pen.multiline_text((left, top), text[:600], fill="black", font=small, spacing=6)
@@ -69,40 +83,48 @@ def contact_sheet(rows: list[tuple[str, Image.Image | None, Image.Image | str]],
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=REPOSITORY / "checkpoints" / "tiny-random")
-    parser.add_argument("--image", type=Path, default=REPOSITORY / "assets" / "cat.jpg")
+    parser.add_argument("--model", type=Path, default=EMBEDDED)
+    parser.add_argument("--image", type=Path, help="to ask about and to edit; by default the picture just drawn")
+    parser.add_argument("--drawing", help="what to draw")
+    parser.add_argument("--question", help="what to ask about the picture")
+    parser.add_argument("--edit", help="what to change in it")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "outputs" / "demo")
     parser.add_argument("--num-timesteps", type=int, default=50, help="knots of the sampler (49 steps by default)")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
+    defaults = SHAPES if arguments.model.resolve() == EMBEDDED else ANYTHING
+    chosen = {name: getattr(arguments, name) or default for name, default in defaults.items()}
+    steps = {"num_timesteps": arguments.num_timesteps}
 
     start = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"Loading {arguments.model} on {device}")
     processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True, dtype="auto").to(device).eval()
-    image = Image.open(arguments.image).convert("RGB")
 
-    print(f"\nAsking: {QUESTION}")
-    answer = ask(model, processor, image, QUESTION)
+    print(f"\nDrawing: {chosen['drawing']}")
+    drawing = draw(model, processor, chosen["drawing"], **steps)
+    image = drawing if chosen["image"] is None else Image.open(chosen["image"]).convert("RGB")
+    print(f"\nAsking: {chosen['question']}")
+    answer = ask(model, processor, image, chosen["question"])
     print(f"Answer: {answer!r}")
-    print(f"\nDrawing: {DRAWING}")
-    drawing = draw(model, processor, DRAWING, num_timesteps=arguments.num_timesteps)
-    print(f"\nEditing: {EDIT}")
-    edited = draw(model, processor, EDIT, image, num_timesteps=arguments.num_timesteps)
+    print(f"\nEditing: {chosen['edit']}")
+    edited = draw(model, processor, chosen["edit"], image, **steps)
 
     rows = [
-        (f"Ask\n\n{QUESTION}", image, f"Answer\n\n{answer}"),
-        (f"Draw\n\n{DRAWING}", None, drawing),
-        (f"Edit\n\n{EDIT}", image, edited),
+        (f"Draw\n\n{chosen['drawing']}", None, drawing),
+        (f"Ask\n\n{chosen['question']}", image, f"Answer\n\n{answer}"),
+        (f"Edit\n\n{chosen['edit']}", image, edited),
     ]
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "contact_sheet.png"
     contact_sheet(rows, f"BAGEL: {arguments.model.name}").save(file)
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Look at {file}")
-    if arguments.model.name == "tiny-random":
-        print("The embedded checkpoint has random weights: its answers and pictures are noise. What you saw is the")
-        print("whole path at work; `python convert_bagel.py adopt DIR` makes the released 7B weights loadable.")
+    if arguments.model.resolve() == EMBEDDED:
+        print(
+            "The embedded model knows coloured shapes and nothing else; `python convert_bagel.py adopt DIR` makes the"
+        )
+        print("released 7B weights loadable, `python demo.py --model DIR` then shows them.")
     return 0
 
 

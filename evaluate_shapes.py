@@ -32,7 +32,7 @@ TARGETS = {"drawings": 0.95, "answers": 0.97, "edits": 0.92}
 
 
 class Outcome(NamedTuple):
-    """What a model made of a task, and whether that is right; `fully`: also in size and ground, where they were told."""
+    """What a model made of a task, and whether it is right; `fully`: also in size and ground, where they were told."""
 
     task: Task
     made: Image.Image | str
@@ -65,7 +65,7 @@ def draw(model: Any, processor: Any, tasks: Sequence[Task], seed: int, **options
     """Drawings and edits, each from noise of its own."""
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(tasks))]
     inputs = prepare(processor, tasks, "image").to(model.device)
-    pictures = model.generate(**inputs, generation_mode="image", generator=generators, **options)
+    pictures = model.generate(**inputs, generation_mode="image", generator=generators, progress_bar=False, **options)
     return [_judged(task, picture) for task, picture in zip(tasks, pictures)]
 
 
@@ -86,7 +86,9 @@ def answer(model: Any, processor: Any, tasks: Sequence[Task], seed: int) -> list
     return [Outcome(task, text, text == task.answer, text == task.answer) for task, text in zip(tasks, texts)]
 
 
-def run(do: Callable[..., list[Outcome]], tasks: Sequence[Task], batch_size: int, label: str, **options) -> list[Outcome]:
+def run(
+    do: Callable[..., list[Outcome]], tasks: Sequence[Task], batch_size: int, label: str, **options
+) -> list[Outcome]:
     """All tasks in batches, with a progress bar."""
     outcomes = []
     with tqdm(total=len(tasks), desc=label) as progress:
@@ -169,7 +171,9 @@ def sheet(results: dict[str, list[Outcome]], columns: int = 6, rows: int = 2) ->
                 image.paste(picture.resize((cell - 4, cell - 4), Image.Resampling.NEAREST), corner)
                 pen.rectangle((*corner, corner[0] + cell - 5, corner[1] + cell - 5), outline="grey")
             if not outcome.right:
-                pen.rectangle((left - 3, top - 3, left + len(pictures) * cell - 2, top + cell - 2), outline="red", width=3)
+                pen.rectangle(
+                    (left - 3, top - 3, left + len(pictures) * cell - 2, top + cell - 2), outline="red", width=3
+                )
             words = outcome.task.prompt if name != "answers" else f"{outcome.task.prompt}\n{outcome.made}"
             pen.multiline_text((left, top + cell), _wrapped(words, 2 * cell, font), fill="black", font=font)
     return image

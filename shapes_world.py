@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ NUMBERS = {1: "one", 2: "two"}
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene; `offset` (down, right) from the centre of its place, in pixels, is not part of equality."""
+    """One object of a scene; `offset` (down, right) in pixels from the centre of its place is no part of equality."""
 
     shape: str
     colour: str
@@ -115,7 +115,7 @@ def render(scene: Scene) -> Image.Image:
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-@lru_cache(maxsize=None)
+@cache
 def stamp(shape: str, size: int, fine: int = 8) -> np.ndarray:
     """Cover of each pixel by a shape, in [0, 1]: (20, 20), centred between the pixels in the middle."""
     side = 20
@@ -162,9 +162,10 @@ def judge(picture: Image.Image) -> Scene:
     """
     The scene that a picture shows, from its pixels alone.
 
-    What stands out from the ground is cut into connected blobs. A blob's colour is the nearest of the palette, its place
-    the nearest centre, its shape and size those of the stamp that covers it best. Whatever is not clearly one of them
-    (cover below 0.7, more than 6 pixels off every centre, far from every colour) is "unknown" and matches nothing.
+    What stands out from the ground is cut into connected blobs. A blob's colour is the nearest of the palette, its
+    place the nearest centre, its shape and size those of the stamp that covers it best. Whatever is not clearly
+    one of them (cover below 0.7, more than 6 pixels off every centre, far from every colour) is "unknown" and matches
+    nothing.
 
     Raises:
         ValueError: the picture has another size than the world's.
@@ -304,15 +305,17 @@ class Wish(NamedTuple):
 
     def _matches(self, seen: Sequence[Thing], fields: Sequence[str]) -> bool:
         pairs = zip(self.things, self.told, seen)
-        if any(getattr(ours, name) != getattr(one, name) for ours, told, one in pairs for name in told if name in fields):
+        if any(
+            getattr(ours, name) != getattr(one, name) for ours, told, one in pairs for name in told if name in fields
+        ):
             return False
         return self.relation is None or related(*seen) == self.relation
 
 
 class Task(NamedTuple):
     """
-    One thing to do: "draw" (prompt -> picture), "ask" (picture, prompt -> `answer`), "edit" (picture, prompt -> picture)
-    or "tell" (prompt -> picture, then `answer`).
+    One thing to do: "draw" (prompt -> picture), "ask" (picture, prompt -> `answer`), "edit" (picture, prompt ->
+    picture) or "tell" (prompt -> picture, then `answer`).
 
     Args:
         start: the scene of the picture that is given. wish: of the picture to make. result: a scene that grants it.

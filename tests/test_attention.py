@@ -187,10 +187,11 @@ def _plain_attention(qk_norm: bool) -> BagelAttention:
 
 
 def pack_results(model, pack, kernel):
-    """Losses, hidden states, and the gradient of every parameter."""
+    """Losses, hidden states, and the gradient of every parameter; "whole" is eager attention under one mask."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with attention_kernel(model, kernel):
-        output = model(**pack)
+    whole = kernel == "whole"
+    with attention_kernel(model, "eager" if whole else kernel):
+        output = model(**pack, output_attentions=whole)
         gradients = torch.autograd.grad(output.loss, parameters, allow_unused=True)
     return output, gradients
 
@@ -209,7 +210,21 @@ def test_pack_equals_eager_with_gradients(kernel, seed):
     samples = [[("text", 3), ("vit", 2, 2), ("noise", 2, 3), ("text", 1)], *random_samples(seed)]
     pack = training_pack(samples, seed)
     model = tiny_model()
-    assert_same_pack_results(pack_results(model, pack, kernel), pack_results(model, pack, "eager"))
+    assert_same_pack_results(pack_results(model, pack, kernel), pack_results(model, pack, "whole"))
+
+
+@pytest.mark.parametrize("kernel_name", ["eager", "sdpa"])
+def test_pack_of_many_samples_runs_sample_by_sample_and_equals_the_whole(kernel_name):
+    pack = training_pack([sample for seed in range(4) for sample in random_samples(seed)], 0)
+    layout = layout_of_pack(pack)
+    assert plan_for(kernel_name, layout).batches and not plan_for(kernel_name, layout, output_attentions=True).batches
+    model = tiny_model()
+    assert_same_pack_results(pack_results(model, pack, kernel_name), pack_results(model, pack, "whole"))
+
+
+def layout_of_pack(pack):
+    splits = {"split_lens": pack.get("split_lens"), "attn_modes": pack.get("attn_modes")}
+    return PackedLayout.from_packed(pack["sequence_length"], pack["sample_lens"], pack["packed_position_ids"], **splits)
 
 
 @pytest.mark.parametrize("kinds", [("text",), ("text", "vit"), ("text", "vae", "noise")], ids=" ".join)
@@ -217,14 +232,14 @@ def test_pack_of_some_kinds_only_equals_eager_with_gradients(kernel, kinds):
     """The towers without input still run, on nothing."""
     pack = training_pack([[("text", 4)], *random_samples(1, kinds)], 1)
     model = tiny_model()
-    assert_same_pack_results(pack_results(model, pack, kernel), pack_results(model, pack, "eager"))
+    assert_same_pack_results(pack_results(model, pack, kernel), pack_results(model, pack, "whole"))
 
 
 @pytest.mark.parametrize("layer_module", ["Qwen2DecoderLayer", "Qwen2MoEDecoderLayer"])
 def test_other_decoder_layers_equal_eager(kernel, layer_module):
     model = tiny_model(stage=None, visual_gen=True, text_config={"layer_module": layer_module})
     pack = training_pack(random_samples(2), 2)
-    assert_same_pack_results(pack_results(model, pack, kernel), pack_results(model, pack, "eager"))
+    assert_same_pack_results(pack_results(model, pack, kernel), pack_results(model, pack, "whole"))
 
 
 def test_masks_and_splits_of_a_pack_are_the_same_to_the_model():

@@ -667,19 +667,22 @@ def grown(request, loaded, tied):
     return model, model(input_ids=WORDS).logits.detach()
 
 
-def test_fewer_tokens_than_rows_keep_the_rows(grown):
-    model, before = grown
+@pytest.mark.parametrize(("rows", "shrink"), [(128, None), (99, False)], ids=["padded", "told to"])
+def test_fewer_tokens_than_rows_keep_the_rows(grown, rows, shrink):
+    model, _ = grown
+    model.resize_token_embeddings(rows)
+    before = model(input_ids=WORDS).logits.detach()
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     with messages(module=modeling_bagel) as said:
         for _ in range(2):
-            assert model.resize_token_embeddings(98).weight is table
+            assert model.resize_token_embeddings(98, shrink=shrink).weight is table
     assert len(said) == 1
-    assert "keeps its 99 rows, although 98" in said[0]
+    assert f"keeps its {rows} rows, although 98" in said[0]
     assert model.get_output_embeddings().weight is head
-    assert model.config.text_config.vocab_size == 99
+    assert model.config.text_config.vocab_size == rows
     assert torch.equal(model(input_ids=WORDS).logits, before)
     model.config.bos_token_id = 151644
-    assert model.resize_token_embeddings(98).weight is table, "nothing changes, so nothing is refused"
+    assert model.resize_token_embeddings(98, shrink=shrink).weight is table, "nothing changes, so nothing is refused"
 
 
 def test_more_tokens_than_rows_grow_table_and_head(grown):
@@ -702,6 +705,7 @@ def test_more_tokens_than_rows_grow_table_and_head(grown):
 def test_padding_to_a_multiple_is_honoured_also_where_rows_are_kept(grown):
     model, _ = grown
     assert model.resize_token_embeddings(99, pad_to_multiple_of=3).weight.shape[0] == 99
+    model.resize_token_embeddings(128)
     assert model.resize_token_embeddings(10, pad_to_multiple_of=64).weight.shape[0] == 128
     assert model.resize_token_embeddings(129, pad_to_multiple_of=64).weight.shape[0] == 192
     assert model.get_output_embeddings().weight.shape[0] == model.config.text_config.vocab_size == 192
@@ -720,6 +724,13 @@ def test_the_table_shrinks_when_asked_to_but_never_below_a_special_id(grown):
     assert model.config.text_config.vocab_size == 60
 
 
+def test_a_table_without_padding_is_cut_as_everywhere_in_transformers(grown):
+    model, _ = grown
+    model.resize_token_embeddings(109)
+    model.resize_token_embeddings(84)
+    assert model.get_output_embeddings().weight.shape[0] == model.config.text_config.vocab_size == 84
+
+
 def test_a_resized_model_is_saved_loaded_exported_and_adopted(stored, tmp_path):
     model = build(stored)
     model.resize_token_embeddings(100, pad_to_multiple_of=8)
@@ -732,7 +743,7 @@ def test_a_resized_model_is_saved_loaded_exported_and_adopted(stored, tmp_path):
         loaded = BagelForUnifiedMultimodal.from_pretrained(tmp_path / folder)
         assert loaded.config.text_config.vocab_size == 104
         assert torch.equal(loaded(input_ids=WORDS).logits, expected)
-        loaded.resize_token_embeddings(99)
+        loaded.resize_token_embeddings(99, shrink=False)
         assert loaded.config.text_config.vocab_size == 104
 
 

@@ -227,6 +227,30 @@ def test_packed_samples_are_the_separate_samples(seed):
         start += length
 
 
+@pytest.mark.parametrize("block", range(3))
+def test_samples_apart_see_what_they_see_in_the_pack(block):
+    chance = random.Random(block)
+    for _ in range(50):
+        sample_lens, split_lens, modes = random_splits(chance)
+        layout = pack(sample_lens, split_lens, modes)
+        whole, seen = layout.dense_mask()[0, 0], torch.zeros(layout.length, layout.length, dtype=torch.bool)
+        for index, samples in layout.samples_apart():
+            lengths = samples.valid.sum(1)
+            assert index.shape == samples.sample_ids.shape and lengths.min() >= 0.75 * lengths.max()
+            assert samples.dense_mask().any(-1).all(), "no row of a mask is empty"
+            for places, mask, length in zip(index, samples.dense_mask()[:, 0], lengths):
+                seen[places[:length, None], places[None, :length]] |= mask[:length, :length]
+                assert not mask[:length, length:].any()
+        assert torch.equal(seen, whole)
+
+
+def test_samples_apart_leave_out_padding():
+    layout = PackedLayout.text(2, 4, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]))
+    ((index, samples),) = layout.samples_apart()
+    assert index.tolist() == [[4, 5, 6, 7], [1, 2, 3, 0]]
+    assert samples.valid.tolist() == [[True] * 4, [True] * 3 + [False]]
+
+
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("seed", range(10))
 def test_cached_suffix_is_the_last_rows_of_the_full_mask(seed, padding_side):

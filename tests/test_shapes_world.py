@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
+
 from bagel_repo.shapes_world import (
     COLOURS,
     GROUNDS,
@@ -28,7 +30,6 @@ from bagel_repo.shapes_world import (
     related,
     render,
 )
-from PIL import Image, ImageFilter
 
 
 pytestmark = pytest.mark.core
@@ -44,7 +45,10 @@ def test_judge_reads_every_thing_in_every_colour_and_size(ground):
 
 def test_judge_reads_two_things_that_stand_as_close_as_can_be():
     for first, other in itertools.permutations(SHAPES, 2):
-        near = Thing(first, "red", "left", "large", (0, JITTER)), Thing(other, "orange", "center", "large", (0, -JITTER))
+        near = (
+            Thing(first, "red", "left", "large", (0, JITTER)),
+            Thing(other, "orange", "center", "large", (0, -JITTER)),
+        )
         scene = Scene("grey", near)
         assert judge(render(scene)) == scene
 
