@@ -293,6 +293,9 @@ def test_rows_with_a_collator_train_too(tmp_path):
     assert trainer._report["sample_ids"][0].startswith("row ")
     assert trainer.evaluate()["eval_loss"] > 0
     assert why_incomplete(tmp_path / "checkpoint-2") is None
+    trainer.args.max_steps = 3
+    trainer.train(True)
+    assert trainer.state.global_step == 3 and trainer._resume == tmp_path / "checkpoint-2"
 
 
 def test_a_finite_dataset_and_one_of_another_rank_are_refused(tmp_path):
