@@ -284,7 +284,7 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path, never_killed, when, l
     folders = [str(Path(__file__).parent), str(REPO)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", KILLED, *folders, when, *arguments]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
     assert max(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")) == last
     assert (output / ".incomplete" / "checkpoint-6").exists() == (when == "in a save")

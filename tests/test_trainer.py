@@ -212,7 +212,7 @@ def run_ranks(code: str, *arguments: str, ranks: int = 2) -> None:
         for rank in range(ranks)
     ]
     try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:  # a rank that fails leaves the other waiting
             process.kill()
