@@ -467,7 +467,7 @@ class BagelTrainer(Trainer):
         if not file.is_file():
             raise ValueError(
                 f"{self._resume} holds no state for rank {self.args.process_index}: resume with the number of "
-                "processes it was saved with."
+                "processes it was saved with (save_only_model=True saves none at all)."
             )
         return torch.load(file, map_location="cpu", weights_only=True)
 

@@ -177,6 +177,7 @@ from pathlib import Path
 folder, settings = Path(sys.argv[1]), eval(sys.argv[2])
 trainer = test_trainer.trainer_of_packs(
     folder, test_trainer.packs(), max_steps=1, gradient_accumulation_steps=2, **test_trainer.PLAIN, **settings)
+trainer._get_train_sampler = torch.utils.data.SequentialSampler  # the last pack of rank 0 is the one without labels
 trainer.train()
 if trainer.is_world_process_zero():
     torch.save({"weights": test_trainer.weights(trainer.model), "log": trainer.state.log_history[0]}, folder / "out.pt")
@@ -210,7 +211,11 @@ def run_ranks(code: str, *arguments: str, ranks: int = 2) -> None:
         )
         for rank in range(ranks)
     ]
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:  # a rank that fails leaves the other waiting
+            process.kill()
     assert all(process.returncode == 0 for process in processes), "\n\n".join(output[-3000:] for output in outputs)
 
 
@@ -288,6 +293,9 @@ def test_rows_with_a_collator_train_too(tmp_path):
     assert trainer._report["sample_ids"][0].startswith("row ")
     assert trainer.evaluate()["eval_loss"] > 0
     assert why_incomplete(tmp_path / "checkpoint-2") is None
+    trainer.args.max_steps = 3
+    trainer.train(True)
+    assert trainer.state.global_step == 3 and trainer._resume == tmp_path / "checkpoint-2"
 
 
 def test_a_finite_dataset_and_one_of_another_rank_are_refused(tmp_path):
