@@ -58,6 +58,7 @@ RUNTIME_FILES = (
     "layout_bagel.py",
     "modeling_bagel.py",
     "modeling_siglip_navit.py",
+    "positions_bagel.py",
     "processing_bagel.py",
 )
 CHAT_TEMPLATE = "chat_template.jinja"
