@@ -233,9 +233,10 @@ class BagelTextRotaryEmbedding(Qwen2RotaryEmbedding):
     Rotary tables of the decoder for every `rope_type` of `BagelTextConfig.rope_parameters`.
 
     Frequencies are transformers' (`ROPE_INIT_FUNCTIONS`); added here are a partial `"default"`, three positions per
-    token (`mrope_section`: each pair turns with one of time, height and width, interleaved), and frequencies that
-    follow from the input alone. `"dynamic"` and `"longrope"` look at the longest position of a forward, as in
-    transformers, but keep nothing of earlier forwards; keys in a cache stay turned as they were when they were read.
+    token (`mrope_section`: each pair turns with one of time, height and width, interleaved), and lengths that are a
+    sample's own. `"dynamic"` and `"longrope"` depend on how long the input is; here that is the last position of each
+    sample, not of the batch, the pack or an earlier forward, so batched, packed and single runs agree. Keys in a cache
+    stay turned as they were when they were read, as everywhere in transformers.
 
     transformers finds this class by the "RotaryEmbedding" in its name when it fills the tables of a loaded model.
 
@@ -250,33 +251,49 @@ class BagelTextRotaryEmbedding(Qwen2RotaryEmbedding):
         return inverse_frequencies("linear", config.rotary_dim, theta, device, factor=1.0), 1.0
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.LongTensor, sample_ids: torch.LongTensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             x: says dtype and device.
             position_ids: (batch, length), or (batch, length, 3) time, height and width; the former is the same position
                 on all three.
+            sample_ids: (batch, length), -1 = padding; one sample per row if absent.
 
         Returns:
             cos and sin, each (batch, length, rotary_dim), for halves or adjacent pairs alike.
         """
-        frequencies = self._frequencies(position_ids)
+        frequencies = self._frequencies(position_ids, sample_ids)
         if position_ids.ndim == 3:
-            axes = multimodal_axes(self.config.mrope_section, len(frequencies), position_ids.device)
+            axes = multimodal_axes(self.config.mrope_section, frequencies.shape[-1], position_ids.device)
             positions = position_ids[..., axes]
         else:
             positions = position_ids[..., None]
         cos, sin = cos_sin(positions.float() * frequencies)
         return (cos * self.attention_scaling).to(x), (sin * self.attention_scaling).to(x)
 
-    def _frequencies(self, position_ids: torch.LongTensor) -> torch.Tensor:
-        """(rotary_dim / 2,) float32."""
+    def _frequencies(self, position_ids: torch.LongTensor, sample_ids: torch.LongTensor | None) -> torch.Tensor:
+        """(rotary_dim / 2,), or one row of them per token; float32."""
         device = position_ids.device
-        if self.rope_type == "dynamic":
-            return ROPE_INIT_FUNCTIONS["dynamic"](self.config, device, seq_len=position_ids.max() + 1)[0]
         frequencies = self.inv_freq.to(device, torch.float32)
+        if self.rope_type == "dynamic":
+            lengths = _sample_lengths(
+                position_ids, sample_ids
+            )  # one frequency per token: a tensor goes through as such
+            return ROPE_INIT_FUNCTIONS["dynamic"](self.config, device, seq_len=lengths)[0]
         if self.rope_type == "longrope":
             known = self.config.rope_parameters["original_max_position_embeddings"]
             longer = ROPE_INIT_FUNCTIONS["longrope"](self.config, device, seq_len=known + 1)[0]
-            return torch.where(position_ids.max() >= known, longer, frequencies)
+            return torch.where(_sample_lengths(position_ids, sample_ids) > known, longer, frequencies)
         return frequencies
+
+
+def _sample_lengths(position_ids: torch.LongTensor, sample_ids: torch.LongTensor | None) -> torch.LongTensor:
+    """(batch, length, 1): positions of the sample that each token belongs to."""
+    last = position_ids if position_ids.ndim == 2 else position_ids.amax(-1)
+    if sample_ids is None or last.shape[1] == 1:
+        return last.amax(1)[:, None, None] + 1
+    sample_ids = sample_ids.clamp(min=0)
+    longest = last.new_zeros(len(last), int(sample_ids.max()) + 1).scatter_reduce(1, sample_ids, last, "amax")
+    return longest.gather(1, sample_ids)[..., None] + 1

@@ -206,9 +206,21 @@ class BagelGenerationMixin(GenerationMixin):
         self.require_visual_gen(f'generate with generation_mode="{generation_mode}"')
         if kwargs.get("input_ids") is None:
             raise ValueError(f'generation_mode="{generation_mode}" needs input_ids (the processor makes them).')
+        self._check_positions(kwargs.pop("position_ids", None), kwargs)
         arguments = self._sort_arguments(kwargs, generation_mode)
         run = self._generate_images if generation_mode == "image" else self._generate_interleaved
         return run(**arguments)
+
+    def _check_positions(self, position_ids: torch.LongTensor | None, prompt: dict[str, Any]) -> None:
+        """Drawing counts positions itself; those of a processor are the same, and others are refused."""
+        names = ("input_ids", "attention_mask", "image_grid_hw", "latent_image_sizes")
+        if position_ids is not None and not torch.equal(
+            position_ids, self.get_rope_index(*(prompt.get(name) for name in names))
+        ):
+            raise ValueError(
+                "These position_ids are not those of input_ids and its pictures. Guidance reads parts of the prompt by "
+                "themselves, so drawing counts positions itself: leave position_ids out."
+            )
 
     def _sort_arguments(self, kwargs: dict[str, Any], generation_mode: str) -> dict[str, Any]:
         """Split keyword arguments into prompt, drawing, text and mode arguments; anything else is refused."""

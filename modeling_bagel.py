@@ -270,7 +270,7 @@ class BagelTextModel(BagelPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """(batch, length, hidden_size) -> the same after the final norm, in the order of the layout."""
         routing = layout.routing._replace(freeze_und=self.config.freeze_und)
-        position_embeddings = self.rotary_emb(inputs_embeds, layout.position_ids)
+        position_embeddings = self.rotary_emb(inputs_embeds, layout.position_ids, layout.sample_ids)
         hidden_states = routing.freeze_und_tokens(routing.sort(inputs_embeds))
         all_states, all_weights = [], []
         for layer in self.layers:

@@ -12,7 +12,9 @@ vision_start, vision_end; b, t, E = bos, text, eos; l = VAE latent, i = ViT patc
     position    0 0 0 0 0    1 1 1 1 1    2 3 4 5    6 6 6 6 6
     timestep      -inf                                 drawn
 
-(With three positions per token a picture has those of its grid, see `layout_bagel.py`.) Two steps: `draw_sample` makes all random decisions of a sample (without pixels, so its length is known before a picture
+With three positions per token a picture has those of its grid, see `layout_bagel.py`.
+
+Two steps: `draw_sample` makes all random decisions of a sample (without pixels, so its length is known before a picture
 is decoded), `pack` lays drawn samples out in the vocabulary of `BagelForUnifiedMultimodal.forward`.
 """
 
