@@ -3,6 +3,7 @@
 """Position embeddings chosen in the config: every one trains, writes, draws, saves, and refuses what it cannot do."""
 
 import copy
+import importlib.util
 import json
 from collections.abc import Sequence
 
@@ -715,6 +716,23 @@ def test_trained_tables_of_the_tower_get_gradients_between_their_entries():
     model.get_image_features(torch.randn(80, 48), torch.tensor([[8, 10]])).pooler_output[0].sum().backward()
     grad = model.vit_model.vision_model.embeddings.position_embedding.weight.grad
     assert bool((grad.abs().sum(1) > 0).all())
+
+
+def test_benchmark_continues_a_table_by_its_formula(repo):
+    spec = importlib.util.spec_from_file_location("extend", repo / "benchmarks" / "extend.py")
+    extend = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extend)
+    model = fresh_tiny_model()
+    whole = model.latent_pos_embed.pos_embed.clone()
+    extend.set_table(model, 5, False)
+    assert model.config.max_latent_size == 5
+    extend.set_table(model, 8, "fit")
+    assert torch.equal(model.latent_pos_embed.pos_embed, whole)
+    model.latent_pos_embed.pos_embed += 1  # a table of one's own
+    extend.set_table(model, 9, False)
+    table = model.latent_pos_embed.pos_embed.unflatten(0, (9, 9))
+    assert torch.equal(table[:8, :8].flatten(0, 1), whole + 1)
+    assert torch.equal(table[8], model.latent_pos_embed.table().unflatten(0, (9, 9))[8])
 
 
 # ---- what is refused, and how
