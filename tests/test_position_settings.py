@@ -6,12 +6,14 @@ import copy
 import importlib.util
 import json
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import (
     BOS,
+    CLEAN,
     IMAGE,
     LATENT,
     VISION_END,
@@ -25,17 +27,20 @@ from tiny_models import (
     tiny_model,
 )
 from transformers import AutoProcessor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from bagel_repo.configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
+from bagel_repo.convert_bagel import adopt, export
 from bagel_repo.embeddings_bagel import (
     BagelGridPositionEmbedding,
     BagelTextRotaryEmbedding,
     grid_position_ids,
     read_table,
 )
-from bagel_repo.flow_bagel import unpatchify_latents
+from bagel_repo.flow_bagel import patchify_latents, unpatchify_latents
+from bagel_repo.generation_bagel import DrawingOptions
 from bagel_repo.layout_bagel import ImagePlaces, PackedLayout
 from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
 from bagel_repo.modeling_siglip_navit import SiglipVisionModel
@@ -155,6 +160,16 @@ def pack_of(model, setting: dict, learned: tuple[int, int] | None = None) -> dic
     return {**pack, "padded_latent": torch.stack(padded), "noise": noise}
 
 
+def pack_latents(model, pack: dict) -> torch.Tensor:
+    """(3, tokens, patch_latent_dim) of the pictures to draw, the last of each conversation."""
+    patch, shapes = model.config.latent_patch_size, pack["patchified_vae_latent_shapes"]
+    tokens = [
+        patchify_latents(z[:, : h * patch, : w * patch], patch) for z, (h, w) in zip(pack["padded_latent"], shapes)
+    ]
+    learned = pack["packed_timesteps"].split([len(one) for one in tokens])
+    return torch.stack([one for one, times in zip(tokens, learned) if times[0] > CLEAN])
+
+
 def close(found, expected, atol=2e-5):
     torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
@@ -231,6 +246,28 @@ def test_batch_writes_and_draws_what_single_prompts_do(name):
         answer = model.generate(**single, **writing)[0, len(row.ids) :]
         assert answers[number].tolist() == answer.tolist()
         close(pictures[number], model.generate(**single, **drawing, latents=noise[number])[0], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "dynamic"])  # it turns a cache otherwise
+def test_velocity_of_a_picture_being_drawn_is_that_of_a_training_pack(name):
+    setting, model = SETTINGS[name], tiny_model(**SETTINGS[name])
+    grid = (10, 9) if setting.get("interpolate_pos") else (4, 3)
+    pack = pack_of(model, setting, learned=grid)
+    learned = pack["mse_loss_indexes"].view(3, -1)
+    noise = pack["noise"][pack["packed_timesteps"] > CLEAN].view(3, -1, model.config.patch_latent_dim)
+    times = torch.sigmoid(pack["packed_timesteps"][pack["packed_timesteps"] > CLEAN].view(3, -1)[:, 0])
+    side, seen = model.config.latent_downsample, DrawingOptions(sample_posterior=False)
+    with torch.no_grad():
+        hidden = model(**pack).last_hidden_state
+        clean = pack_latents(model, pack)
+        for number, row in enumerate(rows_of(setting)):
+            read = model._read(pad_rows([row]), seen)
+            context = model._drawing_contexts(read, read, [(grid[0] * side, grid[1] * side)]).gen
+            t = times[number]
+            x_t = (1 - t) * clean[number] + t * noise[number]
+            places = model.latent_position_ids(*grid)
+            drawn = model.predict_velocity(x_t[None], t, context.layout, places[None], context.cache, context.plan)
+            close(drawn[0], model.llm2vae(hidden[learned[number]]), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TEXT_SETTINGS)
@@ -626,18 +663,40 @@ def tower(kind: str, **changes) -> SiglipVisionModel:
     return SiglipVisionModel(config)
 
 
+@contextmanager
+def mock_kernel(model, kernel):
+    ALL_ATTENTION_FUNCTIONS["mock"] = kernel
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "mock"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS["mock"]
+
+
 @pytest.mark.parametrize("kind", ["llama_vision", "qwen_vision"])
 def test_rotary_tower_turns_as_in_the_document(kind):
     model, x = tower(kind), torch.randn(1, 36, 4, 8, generator=torch.Generator().manual_seed(0))
     if kind == "llama_vision":
         theirs = LlamaVisionRotaryEmbedding(24, 4, 32, 4, cast_as_fprop_dtype=False)
         expected = theirs(torch.cat([x, x[:, :1]], dim=1))[:, :36]
-        turn = turn_adjacent
     else:
-        theirs = Qwen3OmniMoeVisionRotaryEmbedding(32, 4, 1, cast_as_fprop_dtype=False)
-        expected, turn = theirs(x, 1, 6, 6), turn_halves
-    cos, sin = (table[None, :, None] for table in model.vision_model._rotary(grid_position_ids(6, 6, 6)))
-    close(turn(x, cos, sin), expected, atol=1e-6)
+        expected = Qwen3OmniMoeVisionRotaryEmbedding(32, 4, 1, cast_as_fprop_dtype=False)(x, 1, 6, 6)
+    tables = model.vision_model._rotary(grid_position_ids(6, 6, 6))
+    attention = model.vision_model.encoder.layers[0].self_attn
+    for projection in (attention.q_proj, attention.k_proj):  # the heads that attention turns
+        projection.forward = lambda hidden: x[0].flatten(1)
+    turned = []
+
+    def kernel(module, query, key, value, mask, **options):
+        turned.extend([query, key])
+        return value.transpose(1, 2), None
+
+    with mock_kernel(model, kernel):
+        attention(torch.zeros(36, 32), torch.tensor([0, 36]), [36], 36, tables)
+    for found in turned:
+        close(found[0].transpose(0, 1), expected[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["rope_2d", "llama_vision", "qwen_vision"])
@@ -856,3 +915,15 @@ def test_an_override_of_the_tower_wins_over_what_the_file_says(tmp_path):
         changed = BagelConfig.from_pretrained(tmp_path, vision_config={"position_embedding": kind})
         assert changed.vision_config.position_embedding == kind
         assert changed.vit_rope is False
+
+
+def test_settings_survive_the_released_layout(tmp_path):
+    changes = {**SETTINGS["mrope, qwen_vision, fit"], "vae_config": {"ch_mult": [1, 1]}}
+    model = fresh_tiny_model(**changes)
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "released")
+    adopt(tmp_path / "released")
+    loaded = BagelForUnifiedMultimodal.from_pretrained(tmp_path / "released").config
+    assert loaded.text_config.rope_parameters == model.config.text_config.rope_parameters
+    assert loaded.vision_config.position_embedding == "qwen_vision"
+    assert loaded.interpolate_pos == "fit"
