@@ -794,6 +794,26 @@ def test_benchmark_continues_a_table_by_its_formula(repo):
     assert torch.equal(table[8], model.latent_pos_embed.table().unflatten(0, (9, 9))[8])
 
 
+@pytest.mark.parametrize("stored", ["learned", "rope_2d"])
+@pytest.mark.parametrize("kind", ["rope_2d", "llama_vision", "qwen_vision"])
+def test_a_tower_of_another_kind_loads_from_what_is_there(stored, kind, tmp_path):
+    model = fresh_tiny_model(vision_config={"position_embedding": stored})
+    model.save_pretrained(tmp_path)
+    loaded = BagelForUnifiedMultimodal.from_pretrained(tmp_path, vision_config={"position_embedding": kind})
+    tensors = loaded.state_dict()
+    assert all(torch.equal(one, tensors[name]) for name, one in model.state_dict().items() if name in tensors)
+    fresh = tiny_model(vision_config={"position_embedding": kind}).state_dict()
+    assert fresh.keys() == tensors.keys()
+    for name in fresh.keys() - model.state_dict().keys():  # follows from a formula
+        assert torch.equal(fresh[name], tensors[name])
+
+
+def test_a_learned_table_that_no_file_gives_is_an_error(tmp_path):
+    fresh_tiny_model(vision_config={"position_embedding": "qwen_vision"}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"missing.*position_embedding\.weight"):
+        BagelForUnifiedMultimodal.from_pretrained(tmp_path, vision_config={"position_embedding": "learned"})
+
+
 # ---- what is refused, and how
 
 
