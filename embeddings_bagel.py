@@ -124,7 +124,15 @@ def read_table(table: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (n, features) float32.
+
+    Raises:
+        ValueError: coordinates of less than float32, where 60.25 would be 60.
     """
+    if coordinates.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"Coordinates in a position table are {coordinates.dtype}, which cannot hold them; keep position ids in "
+            "float32 when the other inputs of a model are cast."
+        )
     side = math.isqrt(table.shape[0])
     low = coordinates.floor().clamp(0, side - 1)
     high = (low + 1).clamp(max=side - 1)

@@ -729,6 +729,12 @@ def test_fit_changes_nothing_that_fits_and_shrinks_the_rest_evenly():
     close(halfway, torch.stack([corners[[0, 1]].mean(0), corners[[0, 2]].mean(0), corners.mean(0)]), atol=1e-6)
 
 
+def test_coordinates_that_lost_their_fractions_are_refused():
+    table = BagelGridPositionEmbedding(6, 8)
+    with pytest.raises(ValueError, match=r"torch\.bfloat16.*float32"):
+        table(grid_position_ids(9, 9, 6, "bilinear").bfloat16())
+
+
 def test_a_full_picture_is_read_the_same_in_every_mode_but_buckets():
     batch = pad_rows([random_row([("vit", 6, 6), ("vae", 8, 8), ("text", 3)], torch.Generator().manual_seed(0))])
     with torch.no_grad():
