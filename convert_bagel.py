@@ -634,8 +634,12 @@ def build(
 def new_processor(config: Any, tokenizer: Any) -> Any:
     """The `BagelProcessor` for a new model: released prompts and transforms, pictures as large as `config` allows."""
     template = (REPOSITORY / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    processor = import_sibling("processing_bagel").BagelProcessor
-    return processor(image_processor=_image_processor(config), tokenizer=tokenizer, chat_template=template)
+    return import_sibling("processing_bagel").BagelProcessor(
+        image_processor=_image_processor(config),
+        tokenizer=tokenizer,
+        chat_template=template,
+        return_position_ids=config.multimodal_positions,
+    )
 
 
 def _assignment(text: str) -> tuple[str, Any]:
