@@ -712,9 +712,7 @@ def refuse_missing_weights(
     Raises:
         ValueError: naming the tensors.
     """
-    of_adapter = getattr(
-        model, "_hf_peft_config_loaded", False
-    )  # `info` is its own, and judged
+    of_adapter = getattr(model, "_hf_peft_config_loaded", False)  # `info` is its own, and judged
     missing = sorted(name for name in info["missing_keys"] if not re.search(ROTARY_TABLES, name))
     problems = [] if of_adapter else _describe_missing(missing, model.state_dict())
     as_stored = getattr(model, "hf_quantizer", None) is None and kwargs.get("key_mapping") is None
