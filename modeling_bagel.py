@@ -793,8 +793,6 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
                 chunk = numbers[first : first + together]
                 pixels = torch.stack([images[number] for number in chunk])
                 pixels = pixels.to(device=self.vae.device, dtype=self.vae.dtype)
-                if pixels.device.type == "cpu":  # a third faster there
-                    pixels = pixels.to(memory_format=torch.channels_last)
                 with torch.autocast(self.vae.device.type, enabled=False):  # float32 in mixed precision too
                     seen = self.vae.encode(pixels).latent_dist
                 for number, mean, std in zip(chunk, seen.mean, seen.std):
