@@ -16,10 +16,11 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, eager_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
 
 from .layout_bagel import PackedLayout, Routing
+from .positions_bagel import turn_adjacent, turn_halves
 
 
 class VarlenPart(NamedTuple):
@@ -262,12 +263,18 @@ class BagelAttention(nn.Module):
             query = routing.run(query, *self._experts("q_norm"))
             key = routing.run(key, *self._experts("k_norm"))
         query, key, value = (routing.restore(x).transpose(1, 2) for x in (query, key, value))
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = (self._turn(x, *position_embeddings) for x in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = self._attend(query, key, value, plan)
         output = routing.sort(output.flatten(2))
         return routing.run(output, *self._experts("o_proj")), weights
+
+    def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """(batch, heads, length, head_dim): the features that have an angle turn, the rest is copied."""
+        turn = turn_adjacent if self.config.rope_parameters.get("interleave") else turn_halves
+        turned = turn(x[..., : cos.shape[-1]], cos[:, None], sin[:, None])
+        return turned if turned.shape == x.shape else torch.cat([turned, x[..., cos.shape[-1] :]], dim=-1)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan

@@ -57,6 +57,10 @@ EMBEDDED_IDS = ("bos_token_id", "eos_token_id", "vision_start_token_id", "vision
 # Tables that older code stored along and that every model computes for itself.
 COMPUTED_TABLES = r"rotary_emb\.inv_freq$"
 
+# What the kinds of vision towers know positions by: a table is trained, the rotary ones follow from a formula.
+LEARNED_TABLE = r"^vit_model\.vision_model\.embeddings\.position_embedding\."
+ROTARY_TABLES = r"^vit_model\.vision_model\.rope\."
+
 ELEMENT_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -414,6 +418,8 @@ def switched_off_parts(config: PreTrainedConfig) -> list[str]:
         parts.append(PARTS[VISION])
     if not config.visual_gen:
         parts += [PARTS[LATENTS], PARTS[VAE]]
+    if (kind := config.vision_config.position_embedding) != "learned":
+        parts += [LEARNED_TABLE] if kind == "rope_2d" else [LEARNED_TABLE, ROTARY_TABLES]
     return parts
 
 
@@ -432,6 +438,7 @@ def check_tensors(
     expected = expected_tensors(model_class, config)
     stored = {to_module_name(name, config.vae_config): (name, tensor) for name, tensor in tensors.items()}
     missing = [name for name in expected.shapes if name not in stored and name not in expected.tied]
+    missing = [name for name in missing if not re.search(ROTARY_TABLES, name)]
     foreign = _foreign([name for name in stored if name not in expected.shapes], config)
     mismatched = {}
     for name in expected.shapes.keys() & stored.keys():
@@ -705,10 +712,9 @@ def refuse_missing_weights(
     Raises:
         ValueError: naming the tensors.
     """
-    of_adapter = getattr(
-        model, "_hf_peft_config_loaded", False
-    )  # then `info` is its own, and `load_adapter` has judged
-    problems = [] if of_adapter else _describe_missing(sorted(info["missing_keys"]), model.state_dict())
+    of_adapter = getattr(model, "_hf_peft_config_loaded", False)  # `info` is its own, and judged
+    missing = sorted(name for name in info["missing_keys"] if not re.search(ROTARY_TABLES, name))
+    problems = [] if of_adapter else _describe_missing(missing, model.state_dict())
     as_stored = getattr(model, "hf_quantizer", None) is None and kwargs.get("key_mapping") is None
     if as_stored and not of_adapter and (foreign := _foreign(info["unexpected_keys"], model.config)):
         problems += _describe_foreign(foreign, model.config)

@@ -8,6 +8,7 @@ and `llm_config`/`vit_config` (the released checkpoint). Both names are one obje
 
 import copy
 import math
+from numbers import Real
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -27,6 +28,9 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_bagel.BagelImageProcessor",
 }
 SUB_CONFIG_ALIASES = {"llm_config": "text_config", "vit_config": "vision_config"}
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+POSITION_EMBEDDINGS = ("learned", "rope_2d", "llama_vision", "qwen_vision")
+INTERPOLATIONS = (False, True, "bilinear", "fit")
 
 
 @strict
@@ -41,11 +45,22 @@ class BagelTextConfig(Qwen2Config):
             `None` is resolved by [`BagelConfig`]: MoT with `visual_gen`, the plain layer without.
         freeze_und (`bool`, defaults to `False`): stop gradients at every output of the understanding expert
             (released behaviour: those parameters receive exactly zero).
+        rope_parameters (`dict`, *optional*): how positions turn queries and keys, in the words of transformers.
+            `rope_type`: one of `ROPE_TYPES`, with what that type needs (`factor`, `original_max_position_embeddings`,
+            `low_freq_factor` ...), see [`~transformers.modeling_rope_utils.RopeParameters`]. With any of them:
+            `rope_theta` (default 1,000,000); `partial_rotary_factor` in (0, 1], the share of each head that turns
+            (the first features; with `"proportional"` the fastest pairs of the whole head); `mrope_section`, pairs of
+            (time, height, width), gives pictures the rows and columns of their grid as positions, interleaved as in
+            Qwen3-Omni; `interleave` pairs adjacent features instead of the halves of a head.
+
+    Raises:
+        ValueError: rope parameters that are unknown, missing or contradict each other, where transformers only logs.
     """
 
     model_type = "bagel_text"
     base_config_key = "text_config"
     default_theta = 1_000_000.0
+    ignore_keys_at_rope_validation = {"mrope_section", "mrope_interleaved", "partial_rotary_factor", "interleave"}
 
     vocab_size: int = 152064
     hidden_size: int = 3584
@@ -63,17 +78,38 @@ class BagelTextConfig(Qwen2Config):
             raise ValueError(
                 f"layer_module={self.layer_module!r} is unknown; choose one of {', '.join(DECODER_LAYERS)}."
             )
-        super().__post_init__(**_without_model_type(kwargs))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"text_config: hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}."
             )
+        self.rope_parameters = _rope_parameters(self.rope_parameters, kwargs, self.default_theta)
+        _check_rope(self.rope_parameters, self.hidden_size // self.num_attention_heads, self.max_position_embeddings)
+        super().__post_init__(**_without_model_type(kwargs))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"text_config: num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
+
+    @property
+    def mrope_section(self) -> tuple[int, int, int] | None:
+        """Rotary pairs of (time, height, width); `None` = every token has one position."""
+        section = self.rope_parameters.get("mrope_section")
+        return None if section is None else tuple(section)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that have an angle (zero for the slow pairs of `"proportional"`); the rest is copied."""
+        return _rotary_dim(self.rope_parameters, self.hidden_size // self.num_attention_heads)
+
+    @property
+    def max_extended_positions(self) -> int:
+        """Positions that the model addresses: `max_position_embeddings`, or what `rope_parameters` extend it to."""
+        rope, longest = self.rope_parameters, self.max_position_embeddings
+        if rope["rope_type"] in ("default", "proportional"):
+            return longest
+        return max(longest, int(rope.get("original_max_position_embeddings", longest) * (rope.get("factor") or 1)))
 
 
 @strict
@@ -85,7 +121,11 @@ class BagelVisionConfig(SiglipVisionConfig):
     do; how many of them are built follows from `BagelConfig.vit_select_layer`, see `BagelConfig.num_vit_layers`.
 
     Args:
-        rope (`bool`, defaults to `False`): 2-D rotary embedding in attention instead of the learned position table.
+        position_embedding (`str`, defaults to `"learned"`): where a patch is. `"learned"`: a table, added
+            to the patches. In attention instead, without a table: `"rope_2d"` (half of a head turns with the row, half
+            with the column), `"llama_vision"` (Llama 4: adjacent pairs, columns first, counted from 1),
+            `"qwen_vision"` (Qwen3-Omni: halves, rows first). `BagelConfig.interpolate_pos`: how large pictures fit.
+        rope (`bool`, defaults to `False`): the older name of `position_embedding="rope_2d"`.
     """
 
     model_type = "bagel_vision"
@@ -97,11 +137,14 @@ class BagelVisionConfig(SiglipVisionConfig):
     num_attention_heads: int = 16
     image_size: int | list[int] | tuple[int, int] = 980
     patch_size: int | list[int] | tuple[int, int] = 14
+    position_embedding: str = "learned"
     rope: bool = False
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**_without_model_type(kwargs))
+        self.position_embedding = _position_embedding(self.position_embedding, self.rope)
+        self.rope = self.position_embedding == "rope_2d"
         if not isinstance(self.patch_size, int) or not isinstance(self.image_size, int):
             raise ValueError(
                 f"vision_config: patch_size={self.patch_size} and image_size={self.image_size} must be integers; "
@@ -112,6 +155,22 @@ class BagelVisionConfig(SiglipVisionConfig):
                 f"vision_config: hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}."
             )
+        self.check_rotary_heads()
+
+    def check_rotary_heads(self) -> None:
+        """Heads of a rotary tower hold pairs for rows and as many for columns."""
+        head_dim = self.hidden_size // self.num_attention_heads
+        if self.position_embedding != "learned" and head_dim % 4:
+            raise ValueError(
+                f"vision_config: position_embedding={self.position_embedding!r} needs heads of a multiple of 4 "
+                f"features (pairs for rows, as many for columns), but hidden_size={self.hidden_size} in "
+                f"num_attention_heads={self.num_attention_heads} makes heads of {head_dim}."
+            )
+
+    @property
+    def table_side(self) -> int:
+        """Side of the learned table, in patches."""
+        return self.image_size // self.patch_size
 
     @property
     def patch_dim(self) -> int:
@@ -183,10 +242,14 @@ class BagelConfig(PreTrainedConfig):
         vit_patch_size (`int`, defaults to 14): pixels per ViT patch, per side.
         vit_max_num_patch_per_side (`int`, defaults to 70): side of the ViT position tables, in patches.
         connector_act (`str`): activation of the connector MLP.
-        interpolate_pos (`bool`): spread an image over the whole ViT position table instead of its corner.
+        interpolate_pos (`bool` or `str`): which entries of the position tables (ViT and latents) a picture takes.
+            `False`: the upper left corner; a picture larger than a table is an error. `True`: released buckets over the
+            whole table. `"bilinear"`: the whole table, read between its entries, corners on corners (Qwen3-Omni).
+            `"fit"`: the corner as long as the picture fits, a larger one is shrunk until it does and read bilinearly;
+            nothing changes for pictures that a released model knows.
         vit_select_layer (`int`, defaults to -2): which hidden state of the SigLIP tower is used; the layers above it
             are neither stored nor built. This is the only place where that offset is applied.
-        vit_rope (`bool`): same as `vision_config.rope`.
+        vit_rope (`bool`): same as `vision_config.position_embedding="rope_2d"`.
         text_cond_dropout_prob, vae_cond_dropout_prob, vit_cond_dropout_prob (`float`): training data dropout.
         timestep_shift (`float`, defaults to 1.0): shift of the TRAINING timesteps (drawing has its own argument).
         ce_weight, mse_weight (`float`, default 1.0): weights of the two losses in `loss`.
@@ -218,7 +281,7 @@ class BagelConfig(PreTrainedConfig):
     vit_patch_size: int = 14
     vit_max_num_patch_per_side: int = 70
     connector_act: str = "gelu_pytorch_tanh"
-    interpolate_pos: bool = False
+    interpolate_pos: bool | str = False
     vit_select_layer: int = -2
     vit_rope: bool = False
     text_cond_dropout_prob: float | int = 0.1
@@ -278,7 +341,19 @@ class BagelConfig(PreTrainedConfig):
                 f"{self.vision_config.patch_size}; give one of them."
             )
         self.vit_patch_size = self.vision_config.patch_size
-        self.vit_rope = self.vision_config.rope = self.vit_rope or self.vision_config.rope
+        vision = self.vision_config
+        if self.vit_rope and not vision.rope:
+            vision.position_embedding, vision.rope = _position_embedding(vision.position_embedding, True), True
+            vision.check_rotary_heads()
+        self.vit_rope = vision.rope
+        if self.interpolate_pos not in INTERPOLATIONS:
+            raise ValueError(f"interpolate_pos={self.interpolate_pos!r} is unknown; choose one of {INTERPOLATIONS}.")
+        if vision.position_embedding != "learned" and vision.table_side != self.vit_max_num_patch_per_side:
+            raise ValueError(
+                f"A tower with position_embedding={vision.position_embedding!r} counts rows and columns in the "
+                f"connector's position table, so vision_config.image_size // patch_size = {vision.table_side} and "
+                f"vit_max_num_patch_per_side={self.vit_max_num_patch_per_side} must be equal."
+            )
         if not 1 <= self.num_vit_layers <= self.vision_config.num_hidden_layers:
             raise ValueError(
                 f"vit_select_layer={self.vit_select_layer} leaves {self.num_vit_layers} of "
@@ -298,11 +373,14 @@ class BagelConfig(PreTrainedConfig):
                     values[name] = value
         if "visual_gen" in kwargs and "stage" not in kwargs:
             config_dict.pop("stage", None)
+        vision = kwargs.get("vision_config")
+        if isinstance(vision, dict) and {"position_embedding", "rope"} & vision.keys() and "vit_rope" not in kwargs:
+            config_dict.pop("vit_rope", None)
         for name in cls.__annotations__:
             if name in kwargs:
                 value = kwargs.pop(name)
                 if isinstance(value, dict) and isinstance(config_dict.get(name), dict):
-                    value = {**config_dict[name], **value}
+                    value = _overridden(config_dict[name], value)
                 config_dict[name] = value
         return super().from_dict(config_dict, **kwargs)
 
@@ -322,6 +400,11 @@ class BagelConfig(PreTrainedConfig):
         return self.vision_config.num_hidden_layers + 1 + self.vit_select_layer
 
     @property
+    def multimodal_positions(self) -> bool:
+        """Tokens have three positions, time, height and width (`mrope_section`)."""
+        return self.text_config.mrope_section is not None
+
+    @property
     def latent_downsample(self) -> int:
         """Pixels per latent token, per side (16 for the released model)."""
         return self.vae_config.downsample * self.latent_patch_size
@@ -336,6 +419,165 @@ def _refuse_two_values(alias: str, value: Any, name: str, other: Any) -> None:
     if other is not None and other != value:
         raise ValueError(
             f"{alias} and {name} are two names of one config, but hold different values; give one of them."
+        )
+
+
+def _overridden(stored: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """
+    A nested config with some keys changed. Of two names of one setting the changed one counts, and new rope parameters
+    keep the base that the weights were trained with.
+    """
+    merged = {**stored, **changes}
+    for name, other in (("rope", "position_embedding"), ("position_embedding", "rope")):
+        if name in changes and other not in changes:
+            merged.pop(other, None)
+    name = "rope_scaling" if "rope_scaling" in changes else "rope_parameters"
+    theta = (stored.get("rope_parameters") or {}).get("rope_theta")
+    if isinstance(changes.get(name), dict) and theta is not None:
+        merged[name] = {"rope_theta": theta, **changes[name]}
+    return merged
+
+
+def _position_embedding(chosen: str, rope: bool) -> str:
+    """What a tower does, from the new name and the old flag."""
+    if chosen not in POSITION_EMBEDDINGS:
+        raise ValueError(
+            f"vision_config: position_embedding={chosen!r} is unknown; choose one of {', '.join(POSITION_EMBEDDINGS)}."
+        )
+    if rope and chosen not in ("learned", "rope_2d"):
+        raise ValueError(
+            f'vision_config: rope=True (or vit_rope=True) means position_embedding="rope_2d", which contradicts '
+            f"position_embedding={chosen!r}; set rope and vit_rope to False."
+        )
+    return "rope_2d" if rope else chosen
+
+
+def _rope_parameters(given: dict | None, kwargs: dict[str, Any], default_theta: float) -> dict[str, Any]:
+    """
+    The rope parameters as one dict of their own, from the places where files have them.
+
+    Older files write `rope_scaling`, `type` for `rope_type`, and `rope_theta`, `partial_rotary_factor` and
+    `original_max_position_embeddings` beside it; those keys are taken out of `kwargs`.
+    """
+    scaling = kwargs.pop("rope_scaling", None)
+    for name, value in (("rope_parameters", given), ("rope_scaling", scaling)):
+        if value and (not isinstance(value, dict) or any(isinstance(one, dict) for one in value.values())):
+            raise ValueError(f"text_config: {name}={value!r} must be one dict that applies to all layers.")
+    beside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    outer = {name: value for name in beside if (value := kwargs.pop(name, None)) is not None}
+    if scaling:
+        outer |= {"rope_theta": given["rope_theta"]} if given and "rope_theta" in given else {}
+        given = scaling
+    rope = {key: value for key, value in (given or {}).items() if value is not None}
+    old_name = rope.pop("type", None)
+    rope.setdefault("rope_type", old_name or "default")
+    if rope["rope_type"] not in ("yarn", "longrope", "llama3"):
+        outer.pop("original_max_position_embeddings", None)
+    return {"rope_theta": default_theta, **outer, **rope}
+
+
+def _rotary_dim(rope: dict[str, Any], head_dim: int) -> int:
+    return head_dim if rope["rope_type"] == "proportional" else int(head_dim * rope.get("partial_rotary_factor", 1.0))
+
+
+def _check_rope(rope: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
+    """Refuse what transformers would log and compute anyway."""
+    rope_type = rope["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(
+            f"text_config.rope_parameters: rope_type={rope_type!r} is unknown; choose one of {', '.join(ROPE_TYPES)}. "
+            "Three positions per token are turned on by mrope_section, a partial embedding by partial_rotary_factor, "
+            "adjacent pairs by interleave=True."
+        )
+
+    def refuse(name: str, needs: str) -> None:
+        found = f"{name}={rope[name]!r}" if name in rope else f"{name} is missing: it"
+        raise ValueError(f"text_config.rope_parameters (rope_type={rope_type!r}): {found} {needs}.")
+
+    def require(name: str, at_least: float, needs: str, optional: bool = False, above: bool = False) -> None:
+        value = rope.get(name)
+        if value is None and optional:
+            return
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not (value > at_least if above else value >= at_least):
+            refuse(name, needs)
+
+    require("rope_theta", 1, "must be a number above 1, the base of the frequencies", above=True)
+    if "partial_rotary_factor" in rope or head_dim % 2:
+        _check_partial(rope, head_dim, refuse)
+    optional_factor = rope_type in ("default", "proportional", "longrope")
+    require("factor", 1, "must be a number of at least 1, how many times longer the context gets", optional_factor)
+    if rope_type in ("yarn", "longrope", "llama3"):
+        needs = "must be a positive number of tokens, the context that the weights were trained with"
+        require("original_max_position_embeddings", 1, needs)
+    pairs = _rotary_dim(rope, head_dim) // 2
+    if rope_type == "dynamic" and pairs < 2:
+        raise ValueError(
+            f"text_config.rope_parameters: rope_type='dynamic' needs at least 2 pairs, the heads have {pairs}."
+        )
+    if rope_type == "yarn":
+        _check_yarn(rope, require, refuse)
+    if rope_type == "llama3":
+        require("low_freq_factor", 0, "must be a positive number", above=True)
+        needs = f"must be a number above low_freq_factor={rope['low_freq_factor']}"
+        require("high_freq_factor", rope["low_freq_factor"], needs, above=True)
+    if rope_type == "longrope":
+        for name in ("short_factor", "long_factor"):
+            values = rope.get(name)
+            if (
+                not isinstance(values, list | tuple)
+                or len(values) != pairs
+                or not all(isinstance(value, Real) and value > 0 for value in values)
+            ):
+                found = f", it has {len(values)}" if isinstance(values, list | tuple) else ""
+                refuse(name, f"must be {pairs} positive numbers, one per pair of features that turn{found}")
+        require("attention_factor", 0, "must be a positive number", optional=True, above=True)
+        if "factor" not in rope and max_position_embeddings < rope["original_max_position_embeddings"]:
+            refuse(
+                "original_max_position_embeddings",
+                f"is above max_position_embeddings={max_position_embeddings}: give the longer one there, or a factor",
+            )
+    _check_sections(rope, pairs, refuse)
+
+
+def _check_partial(rope: dict[str, Any], head_dim: int, refuse) -> None:
+    factor = rope.get("partial_rotary_factor", 1.0)
+    if not isinstance(factor, Real) or isinstance(factor, bool) or not 0 < factor <= 1:
+        refuse("partial_rotary_factor", "must be in (0, 1], the share of each head that turns")
+    turned = int(head_dim * factor)
+    if turned < 2 or head_dim % 2 or (turned % 2 and rope["rope_type"] != "proportional"):
+        raise ValueError(
+            f"text_config.rope_parameters: partial_rotary_factor={factor} of heads of {head_dim} features "
+            f"(hidden_size / num_attention_heads) turns {turned}; features turn in pairs, so this must be even and "
+            f"positive: {max(turned - turned % 2, 2)} is {max(turned - turned % 2, 2)}/{head_dim} of a head."
+        )
+
+
+def _check_yarn(rope: dict[str, Any], require, refuse) -> None:
+    for name in ("beta_fast", "beta_slow", "attention_factor"):
+        require(name, 0, "must be a positive number", optional=True, above=True)
+    slow = rope.get("beta_slow", 1)
+    if rope.get("beta_fast", 32) <= slow:
+        refuse("beta_fast", f"must be above beta_slow={slow}: turns within the original length, fast pairs make more")
+    if not isinstance(rope.get("truncate", True), bool):
+        refuse("truncate", "must be True or False")
+
+
+def _check_sections(rope: dict[str, Any], pairs: int, refuse) -> None:
+    if not isinstance(rope.get("interleave", False), bool):
+        refuse("interleave", "must be True (adjacent features are a pair) or False (the halves of a head are)")
+    if rope.get("mrope_interleaved") is False:
+        refuse("mrope_interleaved", "is not supported: sections are interleaved here (T H W T H W ..., Qwen3-Omni)")
+    section = rope.get("mrope_section")
+    if section is None:
+        return
+    whole = isinstance(section, list | tuple) and all(type(one) is int and one >= 0 for one in section)
+    if not whole or len(section) != 3 or sum(section) != pairs:
+        total = f", {sum(section)} in all" if whole else ""
+        refuse(
+            "mrope_section",
+            f"must be three numbers of pairs, (time, height, width), that sum to {pairs}, half of the {2 * pairs} "
+            f"features of a head that turn{total}",
         )
 
 

@@ -63,6 +63,7 @@ RUNTIME_FILES = (
     "lora_bagel.py",
     "modeling_bagel.py",
     "modeling_siglip_navit.py",
+    "positions_bagel.py",
     "processing_bagel.py",
 )
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -373,6 +374,8 @@ def _image_processor(config: Any) -> Any:
         "size": config.vit_max_num_patch_per_side * config.vit_patch_size,
         "latent_size": config.max_latent_size * config.latent_downsample,
     }
+    if config.interpolate_pos:  # larger pictures fit too
+        limits = dict.fromkeys(limits, math.inf)
     sizes = {name: {edge: min(n, limits[name]) for edge, n in getattr(defaults, name).items()} for name in limits}
     return image_processor(**sizes, patch_size=config.vit_patch_size, latent_stride=config.latent_downsample)
 
@@ -386,6 +389,8 @@ def _processor_files(config: Any) -> dict[str, bytes]:
         "image_processor": {"auto_map": auto_maps["AutoImageProcessor"], **json.loads(made.to_json_string())},
         "processor_class": "BagelProcessor",
     }
+    if config.multimodal_positions:
+        whole["return_position_ids"] = True
     return {"processor_config.json": _to_json(whole), CHAT_TEMPLATE: (REPOSITORY / CHAT_TEMPLATE).read_bytes()}
 
 
@@ -563,7 +568,7 @@ def _released_llm_config(config: Any, dtype: str | None) -> dict[str, Any]:
         "rope_theta": rope.pop("rope_theta"),
         "tie_word_embeddings": config.tie_word_embeddings,
     }
-    if rope.get("rope_type", "default") != "default":
+    if rope != {"rope_type": "default"}:
         released["rope_scaling"] = rope
     if text.layer_module == "Qwen2MoEDecoderLayer":  # the other two follow from visual_gen
         released["layer_module"] = text.layer_module
@@ -577,7 +582,7 @@ def _released_vit_config(vision: Any) -> dict[str, Any]:
     names = ("hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size")
     released = {"model_type": "siglip_vision_model", **{name: getattr(vision, name) for name in names}}
     defaults = type(vision)()
-    others = ("attention_dropout", "hidden_act", "layer_norm_eps", "num_channels", "rope")
+    others = ("attention_dropout", "hidden_act", "layer_norm_eps", "num_channels", "position_embedding", "rope")
     return released | {
         name: getattr(vision, name) for name in others if getattr(vision, name) != getattr(defaults, name)
     }
@@ -629,8 +634,12 @@ def build(
 def new_processor(config: Any, tokenizer: Any) -> Any:
     """The `BagelProcessor` for a new model: released prompts and transforms, pictures as large as `config` allows."""
     template = (REPOSITORY / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    processor = import_sibling("processing_bagel").BagelProcessor
-    return processor(image_processor=_image_processor(config), tokenizer=tokenizer, chat_template=template)
+    return import_sibling("processing_bagel").BagelProcessor(
+        image_processor=_image_processor(config),
+        tokenizer=tokenizer,
+        chat_template=template,
+        return_position_ids=config.multimodal_positions,
+    )
 
 
 def _assignment(text: str) -> tuple[str, Any]:

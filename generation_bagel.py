@@ -131,12 +131,14 @@ class Conversation(NamedTuple):
     """
     Text and pictures that have been read into a cache, one sample per row.
 
-    `input_ids`, `valid` (batch, length); `cache` holds the keys and values of all of them; `next_position` (batch,)
-    is the rotary position of what follows; `logits` (batch, vocab_size) after the last token.
+    `input_ids`, `valid` (batch, length); `position_ids` (batch, length), or (batch, length, 3) with `mrope_section`;
+    `cache` holds the keys and values of all of them; `next_position` (batch,) is the rotary position of what follows;
+    `logits` (batch, vocab_size) after the last token.
     """
 
     input_ids: torch.LongTensor
     valid: torch.BoolTensor
+    position_ids: torch.LongTensor
     cache: DynamicCache
     next_position: torch.LongTensor
     logits: torch.Tensor
@@ -204,9 +206,21 @@ class BagelGenerationMixin(GenerationMixin):
         self.require_visual_gen(f'generate with generation_mode="{generation_mode}"')
         if kwargs.get("input_ids") is None:
             raise ValueError(f'generation_mode="{generation_mode}" needs input_ids (the processor makes them).')
+        self._check_positions(kwargs.pop("position_ids", None), kwargs)
         arguments = self._sort_arguments(kwargs, generation_mode)
         run = self._generate_images if generation_mode == "image" else self._generate_interleaved
         return run(**arguments)
+
+    def _check_positions(self, position_ids: torch.LongTensor | None, prompt: dict[str, Any]) -> None:
+        """Drawing counts positions itself; those of a processor are the same, and others are refused."""
+        names = ("input_ids", "attention_mask", "image_grid_hw", "latent_image_sizes")
+        if position_ids is not None and not torch.equal(
+            position_ids, self.get_rope_index(*(prompt.get(name) for name in names))
+        ):
+            raise ValueError(
+                "These position_ids are not those of input_ids and its pictures. Guidance reads parts of the prompt by "
+                "themselves, so drawing counts positions itself: leave position_ids out."
+            )
 
     def _sort_arguments(self, kwargs: dict[str, Any], generation_mode: str) -> dict[str, Any]:
         """Split keyword arguments into prompt, drawing, text and mode arguments; anything else is refused."""
@@ -318,28 +332,35 @@ class BagelGenerationMixin(GenerationMixin):
         self, conversation: Conversation | None, input_ids: torch.LongTensor, valid: torch.BoolTensor, **pictures
     ) -> Conversation:
         """Read more text or pictures; `valid` marks padding on either side."""
-        places = self.image_places(input_ids)
-        positions = places.positions(valid.long())
-        cache, attention_mask, start = DynamicCache(config=self.config.text_config), valid, None
+        positions = self._axes_last(
+            self.get_rope_index(
+                input_ids, valid, *(pictures.get(name) for name in ("image_grid_hw", "latent_image_sizes"))
+            )
+        )
+        cache, attention_mask, following = DynamicCache(config=self.config.text_config), valid, 0
         if conversation is not None:
-            cache, start = conversation.cache, conversation.next_position
-            positions = positions + start[:, None]
+            cache, following = conversation.cache, conversation.next_position
+            positions = positions + following.view(-1, *(1,) * (positions.ndim - 1))
             attention_mask = torch.cat([conversation.valid, valid], dim=1)
         last = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), 0).amax(1)
         output = self(
             input_ids=input_ids,
             attention_mask=attention_mask.long(),
-            position_ids=positions,
+            position_ids=self._axes_first(positions),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=torch.unique(last),
             **pictures,
         )
         rows = torch.arange(len(last), device=last.device)
-        following = torch.where(valid, positions + 1, 0 if start is None else start[:, None]).amax(1)
+        following = torch.maximum(_next_position(positions, valid), torch.as_tensor(following, device=last.device))
+        if conversation is not None:
+            input_ids = torch.cat([conversation.input_ids, input_ids], dim=1)
+            positions = torch.cat([conversation.position_ids, positions], dim=1)
         return Conversation(
-            input_ids if conversation is None else torch.cat([conversation.input_ids, input_ids], dim=1),
+            input_ids,
             attention_mask,
+            positions,
             output.past_key_values,
             following,
             output.logits[rows, torch.searchsorted(torch.unique(last), last)],
@@ -369,9 +390,12 @@ class BagelGenerationMixin(GenerationMixin):
             arguments["max_new_tokens"] = MAX_PLAN_TOKENS
         input_ids = torch.cat([conversation.input_ids, start], dim=1)
         valid = torch.cat([conversation.valid, torch.ones_like(start, dtype=torch.bool)], dim=1)
+        here = conversation.next_position.view(-1, *(1,) * (conversation.position_ids.ndim - 1))
+        here = here.expand(-1, 1, *conversation.position_ids.shape[2:])  # of `start`, one token
         sequences = super().generate(
             input_ids=input_ids,
             attention_mask=valid.long(),
+            position_ids=self._axes_first(torch.cat([conversation.position_ids, here], dim=1)),
             past_key_values=copy.deepcopy(conversation.cache),
             **arguments,
         )
@@ -392,29 +416,27 @@ class BagelGenerationMixin(GenerationMixin):
         `text` is the prompt before its last text (the whole prompt if a picture comes last), so it keeps system prompt,
         pictures and earlier texts, and never the plan. `image` is all texts of the prompt, renumbered, without plan.
         """
-        num_latents = [rows * columns for rows, columns in (self.latent_grid(*size) for size in sizes)]
-        places = self.image_places(before_plan.input_ids)
-        valid, in_image = before_plan.valid, places.in_image
-        positions = places.positions(valid.long())
-        gen = self._context(conversation.cache, conversation.valid, conversation.next_position, num_latents)
+        grids = [self.latent_grid(*size) for size in sizes]
+        valid, in_image = before_plan.valid, self.image_places(before_plan.input_ids).in_image
+        gen = self._context(conversation.cache, conversation.valid, conversation.next_position, grids)
 
         index = torch.arange(valid.shape[1], device=valid.device)[None]
         last_text = self._last_text_start(before_plan)[:, None]
         keep = valid & (index < last_text)
-        next_position = torch.where(keep, positions + 1, 0).amax(1)
+        next_position = _next_position(before_plan.position_ids, keep)
         if torch.equal(_pad_to(keep, conversation.valid), conversation.valid):
             text = gen
         else:
-            text = self._context(conversation.cache, _pad_to(keep, conversation.valid), next_position, num_latents)
+            text = self._context(conversation.cache, _pad_to(keep, conversation.valid), next_position, grids)
 
         if bool((in_image & valid).any()):
             texts = [ids[mask] for ids, mask in zip(before_plan.input_ids, valid & ~in_image)]
-            image = self._text_context(texts, num_latents)
+            image = self._text_context(texts, grids)
         elif before_plan is conversation:
             image = gen
         else:
             keep = _pad_to(valid, conversation.valid)
-            image = self._context(conversation.cache, keep, before_plan.next_position, num_latents)
+            image = self._context(conversation.cache, keep, before_plan.next_position, grids)
         return DrawingContexts(gen, text, image)
 
     def _last_text_start(self, conversation: Conversation) -> torch.LongTensor:
@@ -429,15 +451,13 @@ class BagelGenerationMixin(GenerationMixin):
         ends_with_text = is_text.gather(1, last[:, None])[:, 0]
         return torch.where(ends_with_text, torch.where(begins, index, 0).amax(1), ids.shape[1])
 
-    def _text_context(self, texts: list[torch.LongTensor], num_latents: list[int]) -> DrawingContext:
+    def _text_context(self, texts: list[torch.LongTensor], grids: list[tuple[int, int]]) -> DrawingContext:
         """Read texts alone, left-padded; rows without text have an empty context."""
         device = texts[0].device
         longest = max(len(text) for text in texts)
         if longest == 0:
             positions = torch.zeros(len(texts), dtype=torch.long, device=device)
-            return self._context(
-                None, torch.zeros(len(texts), 0, dtype=torch.bool, device=device), positions, num_latents
-            )
+            return self._context(None, torch.zeros(len(texts), 0, dtype=torch.bool, device=device), positions, grids)
         padding = self.config.pad_token_id or 0
         padding = padding if padding < self.config.text_config.vocab_size else 0
         input_ids = torch.full((len(texts), longest), padding, device=device)
@@ -446,14 +466,14 @@ class BagelGenerationMixin(GenerationMixin):
             input_ids[row, longest - len(text) :] = text
             valid[row, longest - len(text) :] = True
         conversation = self._extend(None, input_ids, valid)
-        return self._context(conversation.cache, valid, conversation.next_position, num_latents)
+        return self._context(conversation.cache, valid, conversation.next_position, grids)
 
     def _context(
         self,
         cache: DynamicCache | None,
         keep: torch.BoolTensor,
         positions: torch.LongTensor,
-        num_latents: list[int],
+        grids: list[tuple[int, int]],
     ) -> DrawingContext:
         """View the kept columns of a cache; columns that no row keeps are sliced off."""
         columns = keep.any(0).nonzero()[:, 0]
@@ -464,7 +484,9 @@ class BagelGenerationMixin(GenerationMixin):
             past_valid = keep[:, first:end]
             past_valid = None if bool(past_valid.all()) else past_valid
         past_length = layers[0][0].shape[2] if layers else 0
-        layout = PackedLayout.noisy_blocks(num_latents, positions, past_length, past_valid)
+        num_latents = [rows * columns for rows, columns in grids]
+        block_grids = grids if self.config.multimodal_positions else None
+        layout = PackedLayout.noisy_blocks(num_latents, positions, past_length, past_valid, block_grids)
         frozen = FrozenContext(layers)
         shape_only = torch.empty(layout.batch_size, layout.length, 0, dtype=self.dtype, device=positions.device)
         plan = plan_attention(self.config.text_config, layout, shape_only, None, frozen)
@@ -516,7 +538,7 @@ class BagelGenerationMixin(GenerationMixin):
 
     def _initial_noise(
         self, grids: list[tuple[int, int]], options: DrawingOptions, device: torch.device
-    ) -> tuple[torch.Tensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """-> x at t = 1 (batch, most latent tokens, patch_latent_dim) float32, and the latent position ids."""
         features = self.config.patch_latent_dim
         shapes = [(rows * columns, features) for rows, columns in grids]
@@ -638,10 +660,12 @@ class BagelGenerationMixin(GenerationMixin):
         )
 
     def _default_image_processor(self) -> BagelImageProcessor:
-        """The released transforms, capped by this model's position tables."""
+        """The released transforms, capped by this model's position tables if it does not interpolate them."""
         config = self.config
-        read = config.vit_max_num_patch_per_side * config.vit_patch_size
-        drawn = config.max_latent_size * config.latent_downsample
+        read, drawn = 980, 1024
+        if not config.interpolate_pos:
+            read = config.vit_max_num_patch_per_side * config.vit_patch_size
+            drawn = config.max_latent_size * config.latent_downsample
         return BagelImageProcessor(
             size={"shortest_edge": min(224, read), "longest_edge": min(980, read)},
             latent_size={"shortest_edge": min(512, drawn), "longest_edge": min(1024, drawn)},
@@ -686,7 +710,7 @@ class BagelGenerationMixin(GenerationMixin):
     # ---- transformers' hooks
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        """Positions of the whole prompt: one per text token and per picture."""
+        """Positions of the whole prompt, see `get_rope_index`."""
         input_ids = model_kwargs.get("input_ids")
         input_ids = inputs_tensor if input_ids is None or input_ids.shape[1] == 0 else input_ids
         if input_ids.is_floating_point():
@@ -697,17 +721,44 @@ class BagelGenerationMixin(GenerationMixin):
         longer_mask = mask is not None and mask.shape[1] != input_ids.shape[1]
         if longer_mask or (mask is None and past_length):  # only the new tokens were passed: text on top of a cache
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        return self.get_rope_index(input_ids, mask)
+        grids = (model_kwargs.get(name) for name in ("image_grid_hw", "latent_image_sizes"))
+        return self.get_rope_index(input_ids, mask, *grids)
 
     def get_rope_index(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        image_grid_hw: torch.LongTensor | None = None,
+        latent_image_sizes: torch.LongTensor | None = None,
     ) -> torch.LongTensor:
         """
-        Rotary positions of a prompt, (batch, length): one per text token, one per picture with its boundaries; 0 for
-        padding. Pass them on when a prompt continues on a cache.
+        Rotary positions of a prompt, as `forward` takes them. Pass them on when a prompt continues on a cache.
+
+        Args:
+            input_ids, attention_mask: (batch, length). image_grid_hw, latent_image_sizes: of its pictures; only read
+                with `mrope_section`.
+
+        Returns:
+            (batch, length): one per text token, one per picture with its boundaries; 0 for padding. With
+            `mrope_section` (3, batch, length) time, height and width, see the tables in `layout_bagel.py`.
+
+        Raises:
+            ValueError: pictures that `input_ids` mark and the sizes describe differently.
         """
         valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        return self.image_places(input_ids).positions(valid)
+        places = self.image_places(input_ids)
+        positions = places.positions(valid, self._picture_grids(places, image_grid_hw, latent_image_sizes))
+        return self._axes_first(positions)
+
+    @staticmethod
+    def _axes_first(positions: torch.LongTensor) -> torch.LongTensor:
+        """(batch, length, 3) -> (3, batch, length), the public form; one position per token stays as it is."""
+        return positions.movedim(-1, 0) if positions.ndim == 3 else positions
+
+    @staticmethod
+    def _axes_last(positions: torch.LongTensor) -> torch.LongTensor:
+        """The inverse of `_axes_first`."""
+        return positions.movedim(0, -1) if positions.ndim == 3 else positions
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         """Pictures go in with the prompt only; afterwards their keys and values are in the cache."""
@@ -733,6 +784,9 @@ class BagelGenerationMixin(GenerationMixin):
             return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         rows = [row for row in range(input_ids.shape[0]) for _ in range(expand_size)]
         pictures = self._pictures_of_rows(input_ids, model_kwargs, rows)
+        positions = model_kwargs.pop("position_ids", None)
+        if positions is not None:  # transformers 5.17 knows one form only
+            pictures["position_ids"] = positions.repeat_interleave(expand_size, dim=positions.ndim - 2)
         others = {name: value for name, value in model_kwargs.items() if name not in PICTURE_INPUTS}
         input_ids, others = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **others)
         return input_ids, {**others, **pictures}
@@ -774,6 +828,12 @@ def _is_batch(latents) -> bool:
 
 def _first_id(token_id: int | list[int]) -> int:
     return token_id[0] if isinstance(token_id, list) else token_id
+
+
+def _next_position(positions: torch.LongTensor, keep: torch.BoolTensor) -> torch.LongTensor:
+    """(batch,) the position after the tokens that are kept; 0 after none."""
+    last = positions if positions.ndim == 2 else positions.amax(-1)
+    return torch.where(keep, last + 1, 0).amax(1)
 
 
 def _pad_to(mask: torch.BoolTensor, other: torch.BoolTensor) -> torch.BoolTensor:

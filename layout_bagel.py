@@ -19,6 +19,15 @@ A text question about a picture, then a picture to be drawn (t text, i ViT, n no
                                                 n  x x x x x x x x x
                                                 n  x x x x x x x x x
                                                 n  x x x x x x x x x
+
+With three positions per token (`mrope_section`) text has equal ones and a picture those of its grid, from where it
+stands; vision_start stands there too, vision_end at the grid's farther side, and what follows goes on from there. A
+picture of 2 rows and 3 columns (s, e = vision_start, vision_end):
+
+    token        t  s  i  i  i  i  i  i  e  t
+    time         0  1  1  1  1  1  1  1  3  4
+    height       0  1  1  1  1  2  2  2  3  4
+    width        0  1  1  2  3  1  2  3  3  4
 """
 
 from collections.abc import Callable, Sequence
@@ -78,7 +87,7 @@ class PackedLayout:
         bidirectional: the token's span is seen whole from inside.
         noisy: the token's span is hidden from everything outside it.
         gen: the token belongs to the generation expert (VAE latents); all others to the understanding expert.
-        position_ids: rotary position.
+        position_ids: rotary position, or (batch, length, 3) time, height and width.
         past_length: tokens in the cache before these.
         past_valid: (batch, past_length) bool, `False` for padding in the cache; `None` = all valid.
         causal: known without looking at the columns: plain causal text, one sample per row, no expert `gen`.
@@ -207,7 +216,7 @@ class PackedLayout:
             bidirectional=off,
             noisy=off,
             gen=off,
-            position_ids=position_ids.expand(batch_size, -1),
+            position_ids=position_ids.expand(batch_size, *position_ids.shape[1:]),
             past_length=past_length,
             past_valid=past_valid,
             causal=True,
@@ -220,17 +229,19 @@ class PackedLayout:
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_length: int = 0,
+        grids: torch.LongTensor | None = None,
     ) -> "PackedLayout":
         """
         Text and clean pictures, one sample per row, as marked in `input_ids`.
 
-        A picture is one bidirectional span, boundary tokens included, at one position; text takes a position each.
+        A picture is one bidirectional span, boundary tokens included. Without `position_ids` they are counted, see
+        [`ImagePlaces.positions`], which `grids` are for.
         """
         batch_size, length = places.image.shape
         plain = cls.text(batch_size, length, attention_mask, position_ids, past_length, places.image.device)
         valid = plain.valid
         if position_ids is None:
-            position_ids = places.positions(valid.long())
+            position_ids = places.positions(valid.long(), grids)
             if past_length:
                 raise ValueError(
                     "Pictures on top of a cache need position_ids: a cached picture takes one position for all of its "
@@ -242,7 +253,7 @@ class PackedLayout:
             bidirectional=places.in_image & valid,
             noisy=plain.noisy,
             gen=places.latent & valid,
-            position_ids=position_ids.expand(batch_size, -1),
+            position_ids=position_ids.expand(batch_size, *position_ids.shape[1:]),
             past_length=past_length,
             past_valid=plain.past_valid,
         )
@@ -259,7 +270,7 @@ class PackedLayout:
         nested_attention_masks: Sequence[torch.Tensor] | None = None,
     ) -> "PackedLayout":
         """
-        A training pack in the released vocabulary, as one row.
+        A training pack in the released vocabulary, as one row; `position_ids` may be (sequence_length, 3).
 
         Splits are `"causal"` (text), `"full"` (clean picture) or `"noise"` (picture being learned). Without them the
         spans are read off `nested_attention_masks` (per sample, bool True = sees, or float 0 = sees). A trailing split
@@ -280,10 +291,10 @@ class PackedLayout:
                 f"No sample of sample_lens {sample_lens} ends at sequence_length={sequence_length}; only whole samples "
                 "after it (padding of a pack) are cut off."
             )
-        if position_ids.shape != (sequence_length,):
+        if position_ids.shape not in ((sequence_length,), (sequence_length, 3)):
             raise ValueError(
                 f"packed_position_ids has shape {tuple(position_ids.shape)}, expected ({sequence_length},) as "
-                f"sequence_length={sequence_length}."
+                f"sequence_length={sequence_length} (or, with mrope_section, ({sequence_length}, 3))."
             )
         if split_lens is not None and attn_modes is not None:
             lens, modes = _check_splits(split_lens, attn_modes, sum(sample_lens))
@@ -319,26 +330,32 @@ class PackedLayout:
         positions: torch.LongTensor,
         past_length: int,
         past_valid: torch.BoolTensor | None,
+        grids: Sequence[tuple[int, int]] | None = None,
     ) -> "PackedLayout":
         """
         One picture per row that is being drawn: vision_start, its latents, vision_end, then padding.
 
         Args:
             num_latents: latent tokens of each row.
-            positions: (batch,) the one rotary position of each block.
+            positions: (batch,) the rotary position of each block.
             past_length, past_valid: the context it is drawn under.
+            grids: rows and columns of each block, for tokens with three positions.
         """
         device = positions.device
         ends = torch.tensor(num_latents, device=device)[:, None] + 1  # index of vision_end
         index = torch.arange(max(num_latents) + 2, device=device)[None]
         valid = index <= ends
+        position_ids = positions[:, None].expand_as(valid)
+        if grids is not None:
+            blocks = [grid_block_positions(*grid) for grid in grids]
+            position_ids = position_ids[..., None] + nn.utils.rnn.pad_sequence(blocks, batch_first=True).to(device)
         return cls(
             sample_ids=torch.where(valid, 0, PADDING),
             span_ids=torch.zeros_like(valid, dtype=torch.long),
             bidirectional=valid,
             noisy=valid,
             gen=(index >= 1) & (index < ends),
-            position_ids=positions[:, None].expand_as(valid),
+            position_ids=position_ids,
             past_length=past_length,
             past_valid=past_valid,
             isolated=True,
@@ -379,9 +396,46 @@ class ImagePlaces:
         """A text run and a picture each are a span; picture k has an odd number."""
         return self.start.long().cumsum(1) * 2 - self.in_image.long()
 
-    def positions(self, valid: torch.LongTensor) -> torch.LongTensor:
-        """One position per valid text token and per picture; 0 for padding."""
-        return _count(valid * (~self.in_image | self.start).long()) * valid
+    def positions(self, valid: torch.LongTensor, grids: torch.LongTensor | None = None) -> torch.LongTensor:
+        """
+        Rotary positions, counted from 0; 0 for padding.
+
+        Args:
+            valid: (batch, length), 0 = padding.
+            grids: (pictures, 2) rows and columns of all pictures in reading order, for tokens with three positions; see
+                [`~ImagePlaces.merge_grids`].
+
+        Returns:
+            (batch, length), one position per text token and one per picture; with `grids` (batch, length, 3), see the
+            second table at the top of the file.
+        """
+        opens = (~self.in_image | self.start).long()
+        if grids is None:
+            return _count(valid * opens) * valid
+        picture = (self.start.flatten().cumsum(0) - 1).clamp(min=0).view_as(opens)  # number of the last one opened
+        rows, columns = nn.functional.pad(grids, (0, 0, 0, 1), value=1)[picture].unbind(-1)
+        time = _count(valid * torch.where(self.end, torch.maximum(rows, columns) - 1, opens))
+        index = torch.arange(opens.shape[1], device=opens.device)
+        inner = index - 1 - torch.where(self.start, index, 0).cummax(1).values  # of a place in its picture
+        inner = torch.where(self.image | self.latent, inner, 0)
+        return torch.stack([time, time + inner // columns, time + inner % columns], dim=-1) * valid[..., None]
+
+    def merge_grids(
+        self, image_grids: Sequence[tuple[int, int]], latent_grids: Sequence[tuple[int, int]]
+    ) -> torch.LongTensor:
+        """
+        Rows and columns of ViT and VAE pictures, each in their own order, as one (pictures, 2) in reading order.
+
+        Raises:
+            ValueError: as [`~ImagePlaces.check`].
+        """
+        self.check(*([rows * columns for rows, columns in grids] for grids in (image_grids, latent_grids)))
+        first = self.start.flatten().nonzero()[:, 0] + 1
+        is_latent = self.latent.flatten()[first]
+        merged = first.new_empty(len(first), 2)
+        for which, grids in ((~is_latent, image_grids), (is_latent, latent_grids)):
+            merged[which] = first.new_tensor(grids).view(-1, 2)
+        return merged
 
     def check(self, image_lengths: list[int], latent_lengths: list[int]) -> None:
         """
@@ -491,6 +545,12 @@ class Routing(NamedTuple):
             out = self.freeze(und(hidden))
             return torch.cat([out, gen(hidden[:, :0])], dim=1) if self.touch_gen else out
         return torch.cat([self.freeze(und(hidden[:, : self.num_und])), gen(hidden[:, self.num_und :])], dim=1)
+
+
+def grid_block_positions(rows: int, columns: int) -> torch.LongTensor:
+    """Time, height and width of a picture with its boundary tokens, from 0: (rows * columns + 2, 3)."""
+    grid = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), torch.arange(rows), torch.arange(columns))
+    return torch.cat([torch.zeros(1, 3, dtype=torch.long), grid, torch.full((1, 3), max(rows, columns) - 1)])
 
 
 def picture_rows(place: torch.BoolTensor) -> list[int]:

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 from transformers.utils import ModelOutput, can_return_tuple, is_torchvision_available, logging
 
 from .attention_bagel import AttentionPlan, BagelAttention, plan_attention
@@ -37,6 +37,7 @@ from .checkpoint_bagel import (
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVAEConfig
 from .embeddings_bagel import (
     BagelGridPositionEmbedding,
+    BagelTextRotaryEmbedding,
     BagelTimestepEmbedding,
     grid_position_ids,
 )
@@ -80,20 +81,26 @@ class BagelOutput(ModelOutput):
 
 
 class VitTokens(NamedTuple):
-    """ViT input: `patches` (n, patch_dim), `position_ids` (n,), `grids` per image, `index` (n,) flat places."""
+    """
+    ViT input: `patches` (n, patch_dim), `position_ids` (n,) or coordinates (n, 2), `grids` per image, `index` (n,) flat
+    places.
+    """
 
     patches: torch.Tensor
-    position_ids: torch.LongTensor
+    position_ids: torch.Tensor
     grids: list[tuple[int, int]]
     index: torch.LongTensor
 
 
 class LatentTokens(NamedTuple):
-    """Latents at time t: `x_t` (n, patch_latent_dim), `t` (n,), `position_ids` (n,), `index` (n,) flat places."""
+    """
+    Latents at time t: `x_t` (n, patch_latent_dim), `t` (n,), `position_ids` (n,) or coordinates (n, 2), `index` (n,)
+    flat places.
+    """
 
     x_t: torch.Tensor
     t: torch.Tensor
-    position_ids: torch.LongTensor
+    position_ids: torch.Tensor
     index: torch.LongTensor
 
 
@@ -256,7 +263,7 @@ class BagelTextModel(BagelPreTrainedModel):
         self.layers = nn.ModuleList([BagelDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm_moe_gen = _gen_norm(config, config.layer_module != "Qwen2DecoderLayer")
-        self.rotary_emb = Qwen2RotaryEmbedding(config)
+        self.rotary_emb = BagelTextRotaryEmbedding(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -273,7 +280,7 @@ class BagelTextModel(BagelPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """(batch, length, hidden_size) -> the same after the final norm, in the order of the layout."""
         routing = layout.routing._replace(freeze_und=self.config.freeze_und)
-        position_embeddings = self.rotary_emb(inputs_embeds, layout.position_ids)
+        position_embeddings = self.rotary_emb(inputs_embeds, layout.position_ids, layout.sample_ids)
         hidden_states = routing.freeze_und_tokens(routing.sort(inputs_embeds))
         all_states, all_weights = [], []
         for layer in self.layers:
@@ -576,6 +583,8 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
         A padded batch (generation, evaluation, everything that expects a normal model):
             input_ids: (batch, length); pictures are marked by runs of `image_token_id` (ViT) and `latent_token_id`
                 (VAE) between vision_start and vision_end. attention_mask: (batch, past + length), 0 = padding.
+            position_ids: (batch, length), or with `mrope_section` (3, batch, length) time, height and width; counted
+                from `input_ids` if absent, see [`~BagelGenerationMixin.get_rope_index`].
             inputs_embeds: (batch, length, hidden_size), text only.
             labels: (batch, length), -100 = ignored; shifted here (`shift_labels`: shifted already).
             num_items_in_batch: labels to divide by, if they are not those of this batch alone.
@@ -586,10 +595,12 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
 
         A training pack (names and meaning of the released data pipeline):
             sequence_length: tokens. packed_text_ids, packed_text_indexes: (text tokens,). sample_lens: tokens of each
-                sample. packed_position_ids: (sequence_length,). split_lens, attn_modes: spans and their kind
-                ("causal", "full", "noise"), or nested_attention_masks: one (n, n) mask per sample.
+                sample. packed_position_ids: (sequence_length,), with `mrope_section` (sequence_length, 3).
+                split_lens, attn_modes: spans and their kind ("causal", "full", "noise"), or nested_attention_masks:
+                one (n, n) mask per sample.
             packed_vit_tokens: (ViT tokens, patch_dim). packed_vit_token_indexes, packed_vit_position_ids:
-                (ViT tokens,). vit_token_seqlens: (ViT images,).
+                (ViT tokens,); position ids may be float coordinates (ViT tokens, 2), and so may those of latents, see
+                [`~embeddings_bagel.grid_position_ids`]. vit_token_seqlens: (ViT images,).
             padded_latent: (VAE images, z_channels, h, w) encoded and scaled, or padded_images: (VAE images, 3, H, W)
                 in [-1, 1], which the frozen VAE encodes. patchified_vae_latent_shapes: (h, w) in tokens per image.
             packed_latent_position_ids, packed_vae_token_indexes: (latent tokens,). packed_timesteps: (latent tokens,)
@@ -656,6 +667,10 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
         pictures = PaddedPictures(
             pixel_values, image_grid_hw, latent_pixel_values, latent_image_sizes, sample_posterior, generator
         )
+        if position_ids is not None:
+            axes = position_ids.shape[0] if position_ids.ndim == 3 else 1
+            self._check_axes("position_ids", axes, not pictures.empty)
+            position_ids = position_ids.movedim(0, -1) if position_ids.ndim == 3 else position_ids
         if pictures.empty:
             if inputs_embeds is None:
                 if input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
@@ -666,7 +681,8 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
             inputs_embeds = self._embed(inputs_embeds, None, None)
         else:
             places = self.image_places(self._ids_of(inputs_embeds) if input_ids is None else input_ids)
-            layout = PackedLayout.from_input_ids(places, attention_mask, position_ids, past_length)
+            grids = self._picture_grids(places, image_grid_hw, latent_image_sizes) if position_ids is None else None
+            layout = PackedLayout.from_input_ids(places, attention_mask, position_ids, past_length, grids)
             vit, latents = self._read_pictures(pictures, places)
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(self._word_ids(input_ids))
@@ -705,7 +721,7 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
         latents: torch.Tensor,
         t: torch.Tensor,
         layout: PackedLayout,
-        position_ids: torch.LongTensor,
+        position_ids: torch.Tensor,
         past_key_values,
         plan: AttentionPlan | None = None,
     ) -> torch.Tensor:
@@ -715,7 +731,8 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
         Args:
             latents: (batch, latent tokens, patch_latent_dim) x_t, padded to the largest picture.
             t: scalar time, 1 = noise.
-            layout: `PackedLayout.noisy_blocks`. position_ids: (batch, latent tokens) places in the latent table.
+            layout: `PackedLayout.noisy_blocks`. position_ids: (batch, latent tokens) places in the latent table, or
+                coordinates (batch, latent tokens, 2).
             past_key_values: the context, usually a `FrozenContext`.
             plan: the layout's attention plan, to make it once for all steps.
 
@@ -776,8 +793,6 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
                 chunk = numbers[first : first + together]
                 pixels = torch.stack([images[number] for number in chunk])
                 pixels = pixels.to(device=self.vae.device, dtype=self.vae.dtype)
-                if pixels.device.type == "cpu":  # a third faster there
-                    pixels = pixels.to(memory_format=torch.channels_last)
                 with torch.autocast(self.vae.device.type, enabled=False):  # float32 in mixed precision too
                     seen = self.vae.encode(pixels).latent_dist
                 for number, mean, std in zip(chunk, seen.mean, seen.std):
@@ -836,7 +851,7 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
             )
         return grids
 
-    def _vit_position_ids(self, grids: list[tuple[int, int]], device: torch.device) -> torch.LongTensor:
+    def _vit_position_ids(self, grids: list[tuple[int, int]], device: torch.device) -> torch.Tensor:
         side, interpolate_pos = self.config.vit_max_num_patch_per_side, self.config.interpolate_pos
         return torch.cat([grid_position_ids(*grid, side, interpolate_pos) for grid in grids]).to(device)
 
@@ -871,11 +886,11 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
             if size // stride > side and not self.config.interpolate_pos:
                 raise ValueError(
                     f"{name}={size} needs {size // stride} latent tokens per side, max_latent_size={side} allows "
-                    f"{side * stride} pixels. Use a smaller picture or interpolate_pos=True."
+                    f'{side * stride} pixels. Use a smaller picture, or set interpolate_pos="fit".'
                 )
         return height // stride, width // stride
 
-    def latent_position_ids(self, rows: int, columns: int) -> torch.LongTensor:
+    def latent_position_ids(self, rows: int, columns: int) -> torch.Tensor:
         return grid_position_ids(rows, columns, self.config.max_latent_size, self.config.interpolate_pos)
 
     def require_visual_gen(self, what: str) -> None:
@@ -888,13 +903,21 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
     # ---- tokens to features
 
     def _read_patches(
-        self, patches: torch.Tensor, position_ids: torch.LongTensor, grids: list[tuple[int, int]], **recording
+        self, patches: torch.Tensor, position_ids: torch.Tensor, grids: list[tuple[int, int]], **recording
     ) -> tuple[BaseModelOutput, torch.Tensor]:
-        """-> what the tower says, and its features for the decoder (patches, hidden_size)."""
+        """
+        -> what the tower says, and its features for the decoder (patches, hidden_size).
+
+        Coordinates are those of the connector's table; the tower's own table may have another side.
+        """
         lengths = torch.tensor([rows * columns for rows, columns in grids], device=patches.device)
         cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         weight = self.connector.fc1.weight
-        seen = self.vit_model(patches.to(weight.dtype), position_ids, cu_seqlens, **recording)
+        places = position_ids
+        if places.is_floating_point():
+            sides = self.config.vision_config.table_side, self.config.vit_max_num_patch_per_side
+            places = places * ((sides[0] - 1) / max(sides[1] - 1, 1))
+        seen = self.vit_model(patches.to(weight.dtype), places, cu_seqlens, **recording)
         features = self.connector(seen.last_hidden_state)
         return seen, features + self.vit_pos_embed(position_ids).to(features)
 
@@ -958,15 +981,47 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
             config.vision_end_token_id,
         )
 
+    def _picture_grids(
+        self,
+        places: ImagePlaces,
+        image_grid_hw: torch.LongTensor | None,
+        latent_image_sizes: torch.LongTensor | None,
+    ) -> torch.LongTensor | None:
+        """(pictures, 2) rows and columns in reading order, where positions need them (`mrope_section`)."""
+        if not self.config.multimodal_positions:
+            return None
+        vit = [] if image_grid_hw is None else image_grid_hw.tolist()
+        latent = [] if latent_image_sizes is None else [self.latent_grid(*size) for size in latent_image_sizes.tolist()]
+        return places.merge_grids(vit, latent)
+
+    def _check_axes(self, name: str, axes: int, has_pictures: bool) -> None:
+        """Three positions per token are for models with `mrope_section`, and pictures need them there."""
+        section = self.config.text_config.mrope_section
+        if axes not in (1, 3) or (axes == 3 and section is None):
+            raise ValueError(
+                f"{name} holds {axes} positions per token; this model takes {'1' if section is None else '1 or 3'}. "
+                "Three (time, height, width) are turned on by mrope_section in text_config.rope_parameters."
+            )
+        if axes == 1 and section is not None and has_pictures:
+            raise ValueError(
+                f"{name} holds one position per token, but with mrope_section={section} pictures have three. Leave "
+                "position_ids out, they are counted then; make packs with PackingRules.of(model.config)."
+            )
+
     def _decode(
         self, inputs_embeds, layout: PackedLayout, attention_mask, past_key_values, **recording
     ) -> BaseModelOutputWithPast:
         if layout.length > 1 and not torch.compiler.is_compiling():
-            last, limit = int(layout.position_ids.max()), self.config.text_config.max_position_embeddings
+            text = self.config.text_config
+            last, limit = int(layout.position_ids.max()), text.max_extended_positions
             if last >= limit:
+                given = f"max_position_embeddings={text.max_position_embeddings}"
+                extended = "" if limit == text.max_position_embeddings else f" and rope_parameters extend it to {limit}"
+                takes = "those of its longer side" if self.config.multimodal_positions else "one position"
                 raise ValueError(
-                    f"The input reaches position {last}, but max_position_embeddings={limit}: positions from there on "
-                    "were never trained. Shorten the prompt (a picture takes one position, a text token one each)."
+                    f"The input reaches position {last}, but {given}{extended}: positions from there on were never "
+                    f"trained. Shorten the prompt (a picture takes {takes}, a text token one each), or extend the "
+                    "context: see rope_parameters of BagelTextConfig."
                 )
         plan = plan_attention(
             self.config.text_config,
@@ -982,6 +1037,9 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
 
     def _forward_pack(self, pack: PackedBatch, num_items, generator, recording: dict[str, bool]) -> BagelOutput:
         layout = pack.layout()
+        pictures = (pack.packed_vit_token_indexes, pack.packed_vae_token_indexes)
+        has_pictures = any(_as_index(index) is not None for index in pictures)
+        self._check_axes("packed_position_ids", 3 if layout.position_ids.ndim == 3 else 1, has_pictures)
         text_ids = pack.packed_text_ids.new_zeros(pack.sequence_length)
         text_ids[pack.packed_text_indexes] = pack.packed_text_ids
         flow = self._noised_latents(pack, generator)

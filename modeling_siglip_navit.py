@@ -5,6 +5,8 @@
 Axes: (patches, features), images one after the other, `cu_seqlens` marking where each begins.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -12,11 +14,17 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.qwen2.modeling_qwen2 import rotate_half
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_bagel import BagelVisionConfig
-from .embeddings_bagel import RotaryEmbedding2D
+from .embeddings_bagel import RotaryEmbedding2D, read_table
+from .positions_bagel import (
+    LlamaVisionRotaryEmbedding,
+    Qwen3OmniMoeVisionRotaryEmbedding,
+    cos_sin,
+    turn_adjacent,
+    turn_halves,
+)
 
 
 def eager_attention_forward(
@@ -37,7 +45,7 @@ def eager_attention_forward(
 
 class SiglipVisionEmbeddings(nn.Module):
     """
-    Patch projection plus the learned position table (absent with `config.rope`).
+    Patch projection plus the learned position table (absent in a rotary tower).
 
     Built as the convolution that SigLIP checkpoints store. BAGEL checkpoints store the equal linear layer on flattened
     patches, features (row, column, channel): `convert_conv2d_to_linear` makes it, before or after loading.
@@ -48,8 +56,9 @@ class SiglipVisionEmbeddings(nn.Module):
         self.config = config
         size = config.patch_size
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=size, stride=size)
-        if not config.rope:
-            self.position_embedding = nn.Embedding((config.image_size // size) ** 2, config.hidden_size)
+        self.learned = config.position_embedding == "learned"
+        if self.learned:
+            self.position_embedding = nn.Embedding(config.table_side**2, config.hidden_size)
 
     def convert_conv2d_to_linear(self, config: BagelVisionConfig | None = None, meta: bool = False) -> None:
         """Replace the convolution by the linear layer that computes the same; `meta` leaves its weights unset."""
@@ -65,13 +74,17 @@ class SiglipVisionEmbeddings(nn.Module):
                 linear.bias.copy_(conv.bias)
         self.patch_embedding = linear
 
-    def forward(self, packed_pixel_values: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
+    def forward(self, packed_pixel_values: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         projection = self.patch_embedding
         if isinstance(projection, nn.Conv2d):
             embeddings = nn.functional.linear(packed_pixel_values, _flat_patch_weight(projection), projection.bias)
         else:
             embeddings = projection(packed_pixel_values)
-        return embeddings if self.config.rope else embeddings + self.position_embedding(position_ids)
+        if not self.learned:
+            return embeddings
+        if position_ids.is_floating_point():
+            return embeddings + read_table(self.position_embedding.weight, position_ids).to(embeddings)
+        return embeddings + self.position_embedding(position_ids)
 
 
 def _flat_patch_weight(conv: nn.Conv2d) -> torch.Tensor:
@@ -106,7 +119,7 @@ class SiglipAttention(nn.Module):
             proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (patches, heads, head_dim)
         if rotary is not None:
-            query, key = (_rotate_2d(x, rotary) for x in (query, key))
+            query, key = (_TURNS[self.config.position_embedding](x, rotary) for x in (query, key))
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, patches, head_dim)
         if not lengths:  # no image: nothing to attend to, and zero gradients for the projections
             return self.out_proj((query + key + value)[0].transpose(0, 1).flatten(1)), ()
@@ -184,16 +197,25 @@ class SiglipVisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = SiglipVisionEmbeddings(config)
-        if config.rope:
-            side = config.image_size // config.patch_size
-            self.rope = RotaryEmbedding2D(config.hidden_size // config.num_attention_heads // 2, side, side)
+        self.rope = _rotary_embedding(config)
         self.encoder = SiglipEncoder(config, num_hidden_layers)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the kind of the tower turns heads with; tables for ids or coordinates, one row per patch."""
+        if self.config.position_embedding == "rope_2d":
+            return self.rope(position_ids)
+        side = self.config.table_side
+        if position_ids.is_floating_point():
+            rows, columns = position_ids.unbind(-1)
+        else:
+            rows, columns = position_ids // side, position_ids % side
+        return cos_sin(self.rope.angles(rows, columns))
 
     def forward(
         self,
         packed_pixel_values: torch.Tensor,
-        packed_flattened_position_ids: torch.LongTensor,
+        packed_flattened_position_ids: torch.Tensor,
         cu_seqlens: torch.IntTensor,
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
@@ -206,7 +228,7 @@ class SiglipVisionTransformer(nn.Module):
                 f"{packed_pixel_values.shape[0]}."
             )
         hidden_states = self.embeddings(packed_pixel_values, packed_flattened_position_ids)
-        rotary = self.rope(packed_flattened_position_ids) if self.config.rope else None
+        rotary = None if self.rope is None else self._rotary(packed_flattened_position_ids)
         states, attentions = [hidden_states], []
         for layer in self.encoder.layers:
             hidden_states, weights = layer(
@@ -266,7 +288,7 @@ class SiglipVisionModel(PreTrainedModel):
     def forward(
         self,
         packed_pixel_values: torch.Tensor,
-        packed_flattened_position_ids: torch.LongTensor,
+        packed_flattened_position_ids: torch.Tensor,
         cu_seqlens: torch.IntTensor,
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
@@ -275,7 +297,8 @@ class SiglipVisionModel(PreTrainedModel):
         """
         Args:
             packed_pixel_values: (patches, patch * patch * 3), all images one after the other, rows of patches in order.
-            packed_flattened_position_ids: (patches,) row * side of the table + column.
+            packed_flattened_position_ids: (patches,) row * side of the table + column, or (patches, 2) float: row and
+                column within the table, which is read between its entries.
             cu_seqlens: (images + 1,) where each image begins, and the end.
             max_seqlen: patches of the largest image.
 
@@ -304,6 +327,34 @@ def _rotate_2d(x: torch.Tensor, rotary: tuple[torch.Tensor, ...]) -> torch.Tenso
     """(patches, heads, head_dim): the first half turns with the row, the second with the column."""
     cos_h, sin_h, cos_w, sin_w = (table[:, None].to(x.dtype) for table in rotary)
     by_row, by_column = x.chunk(2, dim=-1)
-    return torch.cat(
-        [by_row * cos_h + rotate_half(by_row) * sin_h, by_column * cos_w + rotate_half(by_column) * sin_w], dim=-1
-    )
+    return torch.cat([turn_halves(by_row, cos_h, sin_h), turn_halves(by_column, cos_w, sin_w)], dim=-1)
+
+
+def _turn_in_float32(turn: Callable) -> Callable:
+    """Whole heads by one pair of tables, as Llama 4 and Qwen3-Omni compute it."""
+
+    def turned(x: torch.Tensor, rotary: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        cos, sin = (table[:, None] for table in rotary)
+        return turn(x.float(), cos, sin).to(x.dtype)
+
+    return turned
+
+
+_TURNS = {
+    "rope_2d": _rotate_2d,
+    "llama_vision": _turn_in_float32(turn_adjacent),
+    "qwen_vision": _turn_in_float32(turn_halves),
+}
+
+
+def _rotary_embedding(config: BagelVisionConfig) -> nn.Module | None:
+    side, head_dim = config.table_side, config.hidden_size // config.num_attention_heads
+    if config.position_embedding == "rope_2d":
+        return RotaryEmbedding2D(head_dim // 2, side, side)
+    if config.position_embedding == "llama_vision":
+        return LlamaVisionRotaryEmbedding(
+            config.image_size, config.patch_size, config.hidden_size, config.num_attention_heads
+        )
+    if config.position_embedding == "qwen_vision":
+        return Qwen3OmniMoeVisionRotaryEmbedding(config.hidden_size, config.num_attention_heads, spatial_merge_size=1)
+    return None

@@ -12,6 +12,8 @@ vision_start, vision_end; b, t, E = bos, text, eos; l = VAE latent, i = ViT patc
     position    0 0 0 0 0    1 1 1 1 1    2 3 4 5    6 6 6 6 6
     timestep      -inf                                 drawn
 
+With three positions per token a picture has those of its grid, see `layout_bagel.py`.
+
 Two steps: `draw_sample` makes all random decisions of a sample (without pixels, so its length is known before a picture
 is decoded), `pack` lays drawn samples out in the vocabulary of `BagelForUnifiedMultimodal.forward`.
 """
@@ -26,7 +28,7 @@ import torch
 
 from .embeddings_bagel import grid_position_ids
 from .image_processing_bagel import patchify
-from .layout_bagel import PackedLayout
+from .layout_bagel import PackedLayout, grid_block_positions
 
 
 ITEM_TYPES = ("text", "vit_image", "vae_image")
@@ -123,14 +125,20 @@ class SequenceItem:
             return "causal"
         return "noise" if self.loss and self.frame_delta is None else "full"
 
-    @property
-    def advance(self) -> int:
-        """Positions to the next item: a learned picture takes none, its clean copy stands where it stood."""
+    def extent(self, multimodal: bool) -> int:
+        """Positions that it takes: as many as tokens for a text, for a picture one, or those of its longer side."""
         if self.type == "text":
             return self.num_tokens
+        return max(self.grid) if multimodal else 1
+
+    def advance(self, multimodal: bool) -> int:
+        """
+        Positions to the next item: a learned picture takes none, its clean copy stands where it stood. What follows a
+        clip with three positions per token stands behind the grid of its last frame.
+        """
         if self.frame_delta is not None:
-            return self.frame_delta
-        return 0 if self.type == "vae_image" and self.loss else 1
+            return max(self.frame_delta, self.extent(multimodal) if multimodal and self.split_end else 0)
+        return 0 if self.type == "vae_image" and self.loss else self.extent(multimodal)
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,8 @@ class PackingRules:
         bos_token_id, eos_token_id, vision_start_token_id, vision_end_token_id: boundary tokens.
         vit_patch_size, latent_downsample: pixels per ViT token and per latent token, and side.
         vit_max_num_patch_per_side, max_latent_size: sides of the position tables.
-        interpolate_pos: spread every picture over its whole position table.
+        interpolate_pos: how pictures take places in their position table, see [`~embeddings_bagel.grid_position_ids`].
+        multimodal_positions: every token has three positions, time, height and width.
         text_cond_dropout_prob, vit_cond_dropout_prob, vae_cond_dropout_prob: of items with `enable_cfg`.
         visual_und, visual_gen: whether the model has a vision tower, and whether it draws.
     """
@@ -163,7 +172,8 @@ class PackingRules:
     latent_downsample: int = 16
     vit_max_num_patch_per_side: int = 70
     max_latent_size: int = 64
-    interpolate_pos: bool = False
+    interpolate_pos: bool | str = False
+    multimodal_positions: bool = False
     text_cond_dropout_prob: float = 0.1
     vit_cond_dropout_prob: float = 0.3
     vae_cond_dropout_prob: float = 0.3
@@ -241,7 +251,8 @@ class DrawnItem:
 
     Attributes:
         item: the item. index: its number in the plan.
-        position: rotary position of its first token; a text counts on from there, a picture stays there.
+        position: rotary position of its first token; a text counts on from there, a picture stays there (with three
+            positions per token its grid begins there).
         split, mode: number within the sample of the split that it belongs to, and "causal", "full" or "noise".
         timestep: of a vae_image, before the sigmoid; minus infinity = clean.
     """
@@ -281,7 +292,7 @@ def draw_sample(plan: SamplePlan, rules: PackingRules, draws: Draws) -> DrawnSam
     Decide which conditions are dropped and how noisy each learned picture is.
 
     As released: a uniform number is drawn for every item with `enable_cfg`, and only for those; a dropped picture still
-    advances the position by one, a dropped text does not; a learned picture draws a normal number, which the later
+    takes its positions, a dropped text does not; a learned picture draws a normal number, which the later
     frames of its clip share. Frames are dropped one by one; where the released packer then loses count of its splits
     (the first or the last frame of a clip is dropped), here the rest of the clip remains one split.
 
@@ -295,13 +306,13 @@ def draw_sample(plan: SamplePlan, rules: PackingRules, draws: Draws) -> DrawnSam
         if item.split_start:
             split, mode, timestep = split + 1, item.mode, None
         if item.enable_cfg and draws.random() < rules.dropout(item.type):
-            position += item.type != "text"
+            position += item.extent(rules.multimodal_positions) if item.type != "text" else 0
             continue
         learned = item.type == "vae_image" and item.loss
         if learned and timestep is None:
             timestep = float(draws.standard_normal())
         kept.append(DrawnItem(item, index, position, split, mode, timestep if learned else CLEAN))
-        position += item.advance
+        position += item.advance(rules.multimodal_positions)
     if not kept:
         reason = "its plan is empty" if not plan.items else "all of its items were dropped as conditions"
         raise ValueError(f"{plan.name} has no tokens: {reason}. A sample needs an item that is trained.")
@@ -329,7 +340,7 @@ def _check_fits_table(item: SequenceItem, name: str, rules: PackingRules) -> Non
     raise ValueError(
         f"A {item.type} of {name} has {item.grid[0]}x{item.grid[1]} tokens, but the position table ends at "
         f"{table}={rules.table_side(item.type)} per side. Lower the image processor's {size}, or train with "
-        "interpolate_pos=True."
+        'interpolate_pos="fit".'
     )
 
 
@@ -375,9 +386,13 @@ class Placed:
             labels.append((self.last, self.item.special_token_label, 1.0))
         return labels
 
-    def positions(self) -> torch.LongTensor:
-        first, length = self.drawn.position, self.item.num_tokens
-        return torch.arange(first, first + length) if self.item.type == "text" else torch.full((length,), first)
+    def positions(self, rules: PackingRules) -> torch.LongTensor:
+        """(tokens,), or (tokens, 3) if the rules say so."""
+        first, length, is_text = self.drawn.position, self.item.num_tokens, self.item.type == "text"
+        if rules.multimodal_positions and not is_text:
+            return first + grid_block_positions(*self.item.grid)
+        positions = torch.arange(first, first + length) if is_text else torch.full((length,), first)
+        return positions[:, None].expand(-1, 3) if rules.multimodal_positions else positions
 
 
 def pack(
@@ -400,7 +415,7 @@ def pack(
 
     Returns:
         Keywords of `BagelForUnifiedMultimodal.forward`: an int, lists of ints, strings and pairs, int64 index tensors
-        and float32 contents. What a pack does not have is absent.
+        and float32 contents (and coordinates, where positions are interpolated). What a pack does not have is absent.
 
     Raises:
         ValueError: there is no sample, the pack is longer than `max_num_tokens` or `pad_to`, a picture has no content,
@@ -421,7 +436,7 @@ def pack(
     result = {
         "sequence_length": sum(lengths),
         "sample_lens": lengths,
-        "packed_position_ids": torch.cat([one.positions() for one in placed]),
+        "packed_position_ids": torch.cat([one.positions(rules) for one in placed]),
         **_texts(placed, rules),
         **_vit_images([one for one in placed if one.item.type == "vit_image"], rules),
         **_vae_images([one for one in placed if one.item.type == "vae_image"], rules),
@@ -500,7 +515,7 @@ def _inner_places(placed: list[Placed]) -> torch.LongTensor:
     return torch.cat([torch.arange(one.inner.start, one.inner.stop) for one in placed])
 
 
-def _grid_positions(placed: list[Placed], rules: PackingRules) -> torch.LongTensor:
+def _grid_positions(placed: list[Placed], rules: PackingRules) -> torch.Tensor:
     sides = [rules.table_side(one.item.type) for one in placed]
     return torch.cat(
         [grid_position_ids(*one.item.grid, side, rules.interpolate_pos) for one, side in zip(placed, sides)]

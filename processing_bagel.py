@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations in, model inputs out, and generated ids or pictures back.
 
-It knows the prompt format (spans of text and places of images). It knows nothing of positions, attention or experts:
-the model derives those from `input_ids` and the image tensors.
+It knows the prompt format (spans of text and places of images). It knows nothing of attention or experts: the model
+derives those from `input_ids` and the image tensors, and positions too, unless they are wanted here.
 
 A prompt, with one `t` per text token, `l` per VAE-latent place and `i` per ViT place:
 
@@ -22,6 +22,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .image_processing_bagel import flatten_images, unit_tensor_to_pil
+from .layout_bagel import ImagePlaces
 
 
 # What the checkpoint was trained with when it thinks before it answers or draws; `chat_template.jinja` repeats them.
@@ -74,6 +75,8 @@ class BagelProcessor(ProcessorMixin):
         image_processor: a `BagelImageProcessor`.
         tokenizer: the released (Qwen2.5) tokenizer, or any that has its seven special tokens.
         chat_template: the contents of `chat_template.jinja`; `from_pretrained` finds it.
+        return_position_ids: also return `position_ids` (3, texts, longest) time, height and width, for models with
+            `mrope_section`. Such a model counts the same ones itself when it gets none.
     """
 
     valid_processor_kwargs = BagelProcessorKwargs
@@ -87,8 +90,14 @@ class BagelProcessor(ProcessorMixin):
     latent_token = "<|vision_pad|>"  # a VAE-latent place
 
     def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        return_position_ids: bool = False,
+        **kwargs,
     ) -> None:
+        self.return_position_ids = return_position_ids
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.bos_token_id = _token_id(tokenizer, self.bos_token)
         self.eos_token_id = _token_id(tokenizer, self.eos_token)
@@ -99,7 +108,8 @@ class BagelProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
+        positions = ["position_ids"] if self.return_position_ids else []
+        return ["input_ids", "attention_mask", *positions, *self.image_processor.model_input_names]
 
     # ----------------------------------------------------------------------------------------------------------------
     # Texts and images to tensors
@@ -122,7 +132,8 @@ class BagelProcessor(ProcessorMixin):
                 `text_kwargs` and `images_kwargs`.
 
         Returns:
-            `input_ids` and `attention_mask` (texts, longest), and what `BagelImageProcessor.preprocess` returns.
+            `input_ids` and `attention_mask` (texts, longest), and what `BagelImageProcessor.preprocess` returns; with
+            `return_position_ids` also `position_ids` (3, texts, longest).
 
         Raises:
             ValueError: the prompt is empty, images and placeholders do not match, or truncation would cut an image.
@@ -163,6 +174,8 @@ class BagelProcessor(ProcessorMixin):
         encoded = self.tokenizer(texts, **text_kwargs)
         self._check_images_are_whole(texts, encoded["input_ids"])
         data = {**encoded, **features}
+        if self.return_position_ids:
+            data["position_ids"] = self._position_ids(encoded, features)
         if return_replacements:  # transformers asks for them to place assistant masks
             data["text_replacement_offsets"] = [_offsets(row) for row in replacements]
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
@@ -197,6 +210,22 @@ class BagelProcessor(ProcessorMixin):
             if is_read:
                 span += self._image_span(self.image_token, next(grids).prod())
             yield span
+
+    def _position_ids(self, encoded: dict[str, Any], features: BatchFeature | dict) -> torch.LongTensor:
+        """(3, texts, longest) time, height and width; `layout_bagel.py` shows them."""
+        lengths = {len(ids) for ids in encoded["input_ids"]}
+        if len(lengths) > 1:
+            raise ValueError(f"texts of {sorted(lengths)} tokens have no common position_ids: pass padding=True")
+        input_ids = torch.tensor(encoded["input_ids"])
+        valid = torch.tensor(encoded["attention_mask"]) if "attention_mask" in encoded else torch.ones_like(input_ids)
+        marks = (self.image_token_id, self.latent_token_id, self.vision_start_token_id, self.vision_end_token_id)
+        places = ImagePlaces.of(input_ids, *marks)
+        read, edited = (features.get(name) for name in ("image_grid_hw", "latent_image_sizes"))
+        grids = places.merge_grids(
+            [] if read is None else read.tolist(),
+            [] if edited is None else (edited // self.image_processor.latent_stride).tolist(),
+        )
+        return places.positions(valid, grids).movedim(-1, 0)
 
     def _image_span(self, token: str, places: torch.Tensor) -> str:
         return self.vision_start_token + token * int(places) + self.vision_end_token

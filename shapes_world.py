@@ -331,15 +331,22 @@ class Task(NamedTuple):
 
     def row(self, name: str | None = None) -> dict[str, Any]:
         """As a conversation."""
-        given, text = [{"type": "image"}], {"type": "text", "text": self.prompt}
-        asked = [text] if self.start is None else [*given, text]
-        made = [] if self.result is None else [{"type": "image"}]
-        said = [] if self.answer is None else [{"type": "text", "text": self.answer}]
-        return {
-            "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": made + said}],
-            "images": [render(scene) for scene in (self.start, self.result) if scene is not None],
-            "id": name,
-        }
+        return conversation([self], name)
+
+
+def conversation(tasks: Sequence[Task], name: str | None = None) -> dict[str, Any]:
+    """Tasks about one start, one after the other, as a row for training; the start is shown once."""
+    messages, images = [], []
+    for number, task in enumerate(tasks):
+        asked = [{"type": "text", "text": task.prompt}]
+        if task.start is not None and number == 0:
+            asked.insert(0, {"type": "image"})
+            images.append(render(task.start))
+        made = [{"type": "image"}] if task.result is not None else []
+        images += [render(task.result)] if task.result is not None else []
+        made += [{"type": "text", "text": task.answer}] if task.answer is not None else []
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": made}]
+    return {"messages": messages, "images": images, "id": name}
 
 
 def _a(words: str) -> str:
@@ -395,7 +402,15 @@ class Inventor:
         return Task("tell", f"{wish.text} and say what it shows", wish=wish, result=scene, answer=describe(scene))
 
     def ask(self) -> Task:
+        return self._question(*self.scene(self.held_out))
+
+    def dialogue(self) -> list[Task]:
+        """Two to five questions about one picture."""
         scene, thing, other = self.scene(self.held_out)
+        things = [(thing, other)] if other is None else [(thing, other), (other, thing)]
+        return [self._question(scene, *self._pick(things)) for _ in range(self.draws.integers(2, 6))]
+
+    def _question(self, scene: Scene, thing: Thing, other: Thing | None) -> Task:
         kinds = ["colour", "what", "where", "count", "size", "ground", "describe", "nothing"]
         if other is not None and related(thing, other):
             kinds += ["relation", "relation"]
@@ -414,19 +429,19 @@ class Inventor:
     def _wish(self) -> tuple[Wish, Scene]:
         scene, first, other = self.scene(self.held_out)
         told = [("colour", "shape")]
-        if self._chance(0.5):
+        if self._chance(0.8):
             told[0] += ("size",)
-        if self.held_out or self._chance(0.8):
+        if self.held_out or self._chance(0.9):
             told[0] += ("place",)
         text, relation, things = _name(first, told[0]), None, (first,)
         if other is not None:
             things = (first, other)
             relation = related(first, other) if self._chance(0.6) else None
-            told.append(("colour", "shape", *(("size",) if self._chance(0.5) else ())))
+            told.append(("colour", "shape", *(("size",) if self._chance(0.8) else ())))
             if relation is None:
                 told[1] += ("place",)
             text = f"{text}{f', {relation}' if relation else ' and'} {_name(other, told[1])}"
-        ground = scene.ground if self._chance(0.5) else None
+        ground = scene.ground if self._chance(0.8) else None
         text = f"{text} on a {ground} ground" if ground else text
         text = self._pick(("draw {}", "{}", "a picture of {}", "please draw {}")).format(text)
         return Wish(text, things, tuple(told), relation, ground), scene
@@ -491,7 +506,7 @@ class Inventor:
 
     def _edit_add(self) -> Task | None:
         result, thing, other = self.scene(self.held_out, fewest=2)
-        told = ("colour", "shape", "place", *(("size",) if self._chance(0.5) else ()))
+        told = ("colour", "shape", "place", *(("size",) if self._chance(0.8) else ()))
         text = self._pick(("add {}", "put {}")).format(_name(thing, told))
         return self._finish(text, Scene(result.ground, (other,)), result, (thing,), (thing, told))
 
@@ -525,12 +540,13 @@ class Inventor:
         return bool(self.draws.random() < probability)
 
 
-SHARES = {"draw": 0.4, "ask": 0.25, "edit": 0.3, "tell": 0.05}
+SHARES = {"draw": 0.42, "ask": 0.2, "edit": 0.33, "tell": 0.05}
 
 
 class TrainingRows(Sequence):
     """
-    Rows without held-out combinations, made when they are asked for: a list to whoever trains.
+    Rows without held-out combinations, made when they are asked for: a list to whoever trains. Questions come several
+    to a picture.
 
     Args:
         number: rows in one epoch. seed: other seeds give other rows. shares: of the kinds of tasks.
@@ -548,7 +564,9 @@ class TrainingRows(Sequence):
         draws = np.random.default_rng([self.seed, index])
         kinds, shares = zip(*self.shares.items())
         kind = kinds[draws.choice(len(kinds), p=np.array(shares) / sum(shares))]
-        return Inventor(draws).task(kind).row(f"{kind}-{index}")
+        inventor = Inventor(draws)
+        tasks = inventor.dialogue() if kind == "ask" else [inventor.task(kind)]
+        return conversation(tasks, f"{kind}-{index}")
 
 
 def held_out_tasks(kind: str, number: int = 500, seed: int = 0) -> list[Task]:

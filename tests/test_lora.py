@@ -144,6 +144,8 @@ def test_targets_that_match_nothing_are_refused_and_leave_the_model_alone():
     with pytest.raises(ValueError, match=r"q_projection.*match no layer.*lora_targets\(\"both\"\)"):
         model.add_adapter(peft.LoraConfig(target_modules=["q_projection"]))
     assert_same_state(model, before)
+    with pytest.raises(TypeError, match="PeftConfig"):
+        model.add_adapter({"r": 8})
     with pytest.raises(ValueError, match="No adapter loaded"):
         model.disable_adapters()
 
@@ -510,17 +512,22 @@ def test_load_that_fails_halfway_leaves_the_model_alone(stored, tmp_path):
     (tmp_path / "adapter_model.safetensors").symlink_to(stored / "with head" / "adapter_model.safetensors")
     config = json.loads((stored / "with head" / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 2}))
-    model = fresh_tiny_model()
+    model = fresh_tiny_model().train()
     before = state(model)
     with pytest.raises(RuntimeError):
         model.load_adapter(tmp_path)
     assert_same_state(model, before)
-    model.load_adapter(stored / "itself", "good")
+    assert model.training
+    for name in ("good", "other"):
+        model.load_adapter(stored / "itself", name)
     before = state(model)
-    with pytest.raises(RuntimeError):
-        model.load_adapter(tmp_path, "bad")
-    assert_same_state(model, before)
-    assert model.active_adapters() == ["good"]
+    for active in ("good", "other"):
+        model.set_adapter(active)
+        before = state(model)
+        with pytest.raises(RuntimeError):
+            model.load_adapter(tmp_path, "bad")
+        assert_same_state(model, before)
+        assert model.active_adapters() == [active]
     with pytest.raises(ValueError, match="good already exists"):
         model.load_adapter(stored / "with head", "good")
     assert_same_state(model, before)
