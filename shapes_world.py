@@ -31,7 +31,7 @@ COLOURS = {
     "purple": (150, 45, 190),
 }
 GROUNDS = {"white": (245, 245, 245), "black": (20, 20, 20), "grey": (128, 128, 128), "pink": (250, 190, 205)}
-SIZES = {"small": 13, "large": 18}  # pixels across
+SIZES = {"small": 14, "large": 18}  # pixels across
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 CENTRES = (11, 32, 53)
 JITTER = 1  # pixels that a thing may stand off the centre of its place, down and right
@@ -134,13 +134,13 @@ def _polygon(corners: Sequence[tuple[float, float]], x: np.ndarray, y: np.ndarra
 
 def _star(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     angles = [-math.pi / 2 + number * math.pi / 5 for number in range(10)]
-    lengths = itertools.cycle([1.1 * radius, 0.46 * radius])
+    lengths = itertools.cycle([1.1 * radius, 0.42 * radius])
     return _polygon([(length * math.cos(a), length * math.sin(a)) for a, length in zip(angles, lengths)], x, y)
 
 
 INSIDE = {
     "circle": lambda x, y, r: x**2 + y**2 <= r**2,
-    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) <= 0.92 * r,
+    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) <= 0.9 * r,
     "triangle": lambda x, y, r: _polygon([(0, -r), (r, 0.8 * r), (-r, 0.8 * r)], x, y),
     "star": _star,
     "cross": lambda x, y, r: (np.maximum(abs(x), abs(y)) <= r) & (np.minimum(abs(x), abs(y)) <= 0.34 * r),
@@ -164,7 +164,7 @@ def judge(picture: Image.Image) -> Scene:
 
     What stands out from the ground is cut into connected blobs. A blob's colour is the nearest of the palette, its
     place the nearest centre, its shape and size those of the stamp that covers it best. Whatever is not clearly
-    one of them (cover below 0.7, more than 6 pixels off every centre, far from every colour) is "unknown" and matches
+    one of them (cover below 0.8, more than 6 pixels off every centre, far from every colour) is "unknown" and matches
     nothing.
 
     Raises:
@@ -242,7 +242,7 @@ def _recognise(pixels: np.ndarray, mask: np.ndarray, ground: np.ndarray) -> Thin
     cover, shape, size = max(
         (_best_cover(mask, shape, SIZES[size], centre), shape, size) for shape in SHAPES for size in SIZES
     )
-    known = distance < 70 and off <= 6 and cover >= 0.7
+    known = distance < 70 and off <= 6 and cover >= 0.8
     return Thing(shape if known else "unknown", colour, PLACES[3 * row + column], size)
 
 

@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 
 MANIFEST = "complete.json"  # written last: the files of a checkpoint and their sizes
 STAGING = ".incomplete"  # where a checkpoint is written before it gets its name
+ADAPTER_FILE = "adapter_model.safetensors"
 EMA_FOLDER, EMA_STATE = "ema", "ema_state.pt"
 NONFINITE_FILE, SKIPPED_FILE = "nonfinite_batch.json", "skipped.jsonl"
 SAMPLES_FOLDER = "samples"
@@ -470,6 +471,15 @@ class BagelTrainer(Trainer):
                 "processes it was saved with (save_only_model=True saves none at all)."
             )
         return torch.load(file, map_location="cpu", weights_only=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Adapters come from the checkpoint itself; transformers 5.17 takes the averaged ones in it for all there is."""
+        model = self.model if model is None else model
+        stored = os.path.isfile(os.path.join(resume_from_checkpoint, ADAPTER_FILE))
+        if stored and len(getattr(model, "peft_config", {})) == 1:
+            model.load_adapter(str(resume_from_checkpoint), next(iter(model.peft_config)), is_trainable=True)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model, and with averaged weights also those, in `ema/`: a model folder of its own."""
