@@ -473,7 +473,7 @@ class BagelTrainer(Trainer):
         return torch.load(file, map_location="cpu", weights_only=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Adapters come from the checkpoint itself; transformers 5.17 takes the averaged ones in it for all there is."""
+        """Adapters come from the checkpoint itself; transformers 5.17 would take the averaged ones in it instead."""
         model = self.model if model is None else model
         stored = os.path.isfile(os.path.join(resume_from_checkpoint, ADAPTER_FILE))
         if stored and len(getattr(model, "peft_config", {})) == 1:
