@@ -34,7 +34,8 @@ eval: $(VENV)/ready
 
 tiny-shapes: $(VENV)/ready
 	$(VENV)/bin/python build_tiny_shapes.py start outputs/tiny-shapes/start
-	$(VENV)/bin/python train.py --config configs/tiny_shapes.yaml --resume_from_checkpoint auto
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node $(WORKERS) \
+		train.py --config configs/tiny_shapes.yaml --resume_from_checkpoint auto
 	$(VENV)/bin/python build_tiny_shapes.py finish outputs/tiny-shapes/run/ema
 
 test: $(VENV)/ready

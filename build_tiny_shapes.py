@@ -3,7 +3,7 @@
 """Before and after the training of `checkpoints/tiny-shapes`, a complete BAGEL that really works, small enough for git.
 
     python build_tiny_shapes.py start outputs/tiny-shapes/start     # trains the VAE, puts an untrained model around it
-    python train.py --config configs/tiny_shapes.yaml               # trains the model
+    torchrun --standalone --nproc_per_node 2 train.py --config configs/tiny_shapes.yaml  # trains the model
     python build_tiny_shapes.py finish outputs/tiny-shapes/run/ema  # writes checkpoints/tiny-shapes
 
 `make tiny-shapes` runs all three. The world it lives in is `shapes_world.py`.

@@ -1,0 +1,154 @@
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded trained model does what it is asked, judged from pixels; `make eval` measures how often."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+from bagel_repo.evaluate_shapes import answer, draw, prepare, share
+from bagel_repo.shapes_world import (
+    Scene,
+    Task,
+    Thing,
+    Wish,
+    describe,
+    held_out_tasks,
+    is_held_out,
+    judge,
+    psnr_outside,
+    render,
+)
+
+
+FAST = {"num_timesteps": 25}
+CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "tiny-shapes"
+pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="not trained yet: `make tiny-shapes`")
+
+
+@pytest.fixture(scope="module")
+def directory():
+    return CHECKPOINT
+
+
+@pytest.fixture(scope="module")
+def shapes(directory):
+    return AutoModel.from_pretrained(directory, trust_remote_code=True, dtype="float32").eval()
+
+
+@pytest.fixture(scope="module")
+def shapes_processor(directory):
+    return AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+
+
+def drawing(text: str, *things: Thing) -> Task:
+    wish = Wish(
+        text, things, tuple(("shape", "colour", "place") if thing.place else ("shape", "colour") for thing in things)
+    )
+    return Task("draw", text, wish=wish)
+
+
+@pytest.mark.core
+def test_draw_a_red_circle_yields_a_red_circle(shapes, shapes_processor):
+    tasks = [
+        drawing("draw a red circle", Thing("circle", "red", "")),
+        drawing("draw a blue star at the top left", Thing("star", "blue", "top left")),
+        drawing(
+            "draw a green square at the left and a yellow triangle at the right",
+            Thing("square", "green", "left"),
+            Thing("triangle", "yellow", "right"),
+        ),
+    ]
+    for outcome in draw(shapes, shapes_processor, tasks, seed=0):
+        assert outcome.right, f"{outcome.task.prompt!r} became {judge(outcome.made)}"
+
+
+def test_make_the_circle_blue_makes_it_blue_and_keeps_the_rest(shapes, shapes_processor):
+    circle, star = Thing("circle", "red", "left"), Thing("star", "green", "bottom right")
+    start = Scene("white", (circle, star))
+    content = [{"type": "image", "image": render(start)}, {"type": "text", "text": "make the circle blue"}]
+    inputs = shapes_processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        generation_mode="image",
+    )
+    generator = torch.Generator().manual_seed(0)
+    edited = shapes.generate(**inputs, generation_mode="image", generator=generator, progress_bar=False)[0]
+    assert judge(edited).triples == (("blue", "circle", "left"), star.triple)
+    assert psnr_outside(edited, render(start), (circle,)) >= 24
+
+
+@pytest.mark.parametrize(("kind", "at_least"), [("draw", 0.8), ("edit", 0.75)])
+def test_most_pictures_of_combinations_never_seen_are_right(shapes, shapes_processor, kind, at_least):
+    """A guard against regressions; the numbers that count are those of `make eval`."""
+    outcomes = draw(shapes, shapes_processor, held_out_tasks(kind, 32, seed=5), seed=0, **FAST)
+    assert share(outcomes) >= at_least
+
+
+def test_most_answers_about_combinations_never_seen_are_exact(shapes, shapes_processor):
+    assert share(answer(shapes, shapes_processor, held_out_tasks("ask", 48, seed=5), seed=0)) >= 0.85
+
+
+def test_a_batch_draws_what_single_prompts_draw(shapes, shapes_processor):
+    tasks = held_out_tasks("draw", 3, seed=6)
+    together = draw(shapes, shapes_processor, tasks, seed=0, **FAST)
+    for number, task in enumerate(tasks):
+        alone = draw(shapes, shapes_processor, [task], seed=number, **FAST)[0]
+        difference = [abs(a - b) for a, b in zip(alone.made.tobytes(), together[number].made.tobytes())]
+        assert max(difference) <= 2
+
+
+def test_it_decides_to_draw_and_then_says_what_it_drew(shapes, shapes_processor):
+    content = [{"type": "text", "text": "draw a red circle at the left and say what it shows"}]
+    inputs = shapes_processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        generation_mode="interleaved",
+    )
+    made = shapes.generate(
+        **inputs,
+        generation_mode="interleaved",
+        processor=shapes_processor,
+        generator=torch.Generator().manual_seed(0),
+        max_new_tokens=40,
+        do_sample=False,
+        progress_bar=False,
+    )[0]
+    assert [type(item).__name__ for item in made] == ["Image", "str"]
+    assert judge(made[0]).triples == (("red", "circle", "left"),)
+    assert made[1] == describe(judge(made[0]))
+
+
+def test_prompts_are_those_of_the_training_rows(shapes_processor):
+    task = held_out_tasks("edit", 1)[0]
+    inputs = prepare(shapes_processor, [task], "image")
+    assert inputs["latent_pixel_values"].shape[-2:] == (64, 64)
+    assert inputs["image_grid_hw"].tolist() == [[4, 4]]
+    assert task.prompt in shapes_processor.decode(inputs["input_ids"][0])
+
+
+def test_checkpoint_is_small_enough_for_git(directory):
+    files = [file for file in directory.iterdir() if not file.is_symlink()]
+    assert sum(file.stat().st_size for file in files) <= 20e6
+
+
+def test_numbers_of_the_readme_are_those_that_were_measured(repo):
+    record = json.loads((CHECKPOINT / "evaluation.json").read_text())
+    stated = re.search(r"<!-- shapes table -->\n(.*?)\n<!-- end", (repo / "README.md").read_text(), flags=re.S)[1]
+    for name, row in record["results"].items():
+        line = next(line for line in stated.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| {row['right']:.1%} |" in line and row["number"] == 500
+
+
+def test_held_out_prompt_of_the_readme_is_held_out():
+    assert is_held_out(("red", "circle", "top left"))
+    assert isinstance(render(Scene("white", (Thing("circle", "red", "top left"),))), Image.Image)
