@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -25,7 +26,7 @@ GENERATION_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def build(directory: Path, seed: int = 0) -> None:
-    """Write model, tokenizer and processor to `directory`; inside this repo the code is linked, not copied."""
+    """Write model, tokenizer and processor to `directory`."""
     configuration, modeling = import_sibling("configuration_bagel"), import_sibling("modeling_bagel")
     processing, images = import_sibling("processing_bagel"), import_sibling("image_processing_bagel")
     tokenizer = build_tiny_tokenizer()
@@ -67,6 +68,11 @@ def build(directory: Path, seed: int = 0) -> None:
     with torch.no_grad():
         model.llm2vae.weight.normal_(std=0.1)  # zero in a fresh model, which then would draw its own noise
     model.generation_config = GenerationConfig(**{name: getattr(config, name) for name in GENERATION_IDS})
+    write_checkpoint(model, processor, directory)
+
+
+def write_checkpoint(model: torch.nn.Module, processor: Any, directory: Path) -> None:
+    """Model and processor as one folder, whole or not at all; inside this repo the code is linked, not copied."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         model.save_pretrained(scratch)
@@ -78,6 +84,8 @@ def build(directory: Path, seed: int = 0) -> None:
                 file.symlink_to(os.path.relpath(REPOSITORY / name, directory))
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(scratch, directory, symlinks=True)
+    size = sum(file.stat().st_size for file in directory.iterdir() if not file.is_symlink())
+    print(f"Wrote {directory}: {size / 1e6:.1f} MB")
 
 
 def main() -> int:
@@ -85,8 +93,6 @@ def main() -> int:
     parser.add_argument("directory", nargs="?", type=Path, default=REPOSITORY / "checkpoints" / "tiny-random")
     arguments = parser.parse_args()
     build(arguments.directory)
-    size = sum(file.stat().st_size for file in arguments.directory.iterdir() if not file.is_symlink())
-    print(f"Wrote {arguments.directory}: {size / 1e6:.1f} MB")
     return 0
 
 

@@ -11,10 +11,7 @@
 
 import argparse
 import math
-import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +20,8 @@ from torch import nn
 from tqdm.auto import trange
 from transformers import GenerationConfig
 
-from convert_bagel import REPOSITORY, RUNTIME_FILES, import_sibling
+from build_tiny_checkpoint import write_checkpoint
+from convert_bagel import REPOSITORY, import_sibling
 from shapes_world import SIDE, Inventor, Scene, all_sentences, render
 from tokenization_tiny import build_tiny_tokenizer
 
@@ -158,23 +156,12 @@ def start(directory: Path, steps: int, seed: int = 0) -> None:
 
 
 def finish(trained: Path, directory: Path = CHECKPOINT) -> None:
-    """The trained model in bfloat16 (the VAE stays float32); inside this repo the code is linked, not copied."""
+    """The trained model in bfloat16 (the VAE stays float32)."""
     modeling, processing = import_sibling("modeling_bagel"), import_sibling("processing_bagel")
     model = modeling.BagelForUnifiedMultimodal.from_pretrained(trained, dtype=torch.bfloat16)
     _set_generation(model)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        model.save_pretrained(scratch)
-        processing.BagelProcessor.from_pretrained(trained, trust_remote_code=True).save_pretrained(scratch)
-        if directory.resolve().is_relative_to(REPOSITORY):
-            for name in RUNTIME_FILES:
-                file = Path(scratch) / name
-                file.unlink(missing_ok=True)
-                file.symlink_to(os.path.relpath(REPOSITORY / name, directory))
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.copytree(scratch, directory, symlinks=True)
-    size = sum(file.stat().st_size for file in directory.iterdir() if not file.is_symlink())
-    print(f"Wrote {directory}: {size / 1e6:.1f} MB")
+    processor = processing.BagelProcessor.from_pretrained(trained, trust_remote_code=True)
+    write_checkpoint(model, processor, directory)
 
 
 def _set_generation(model: nn.Module) -> None:
