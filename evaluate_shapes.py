@@ -199,6 +199,8 @@ def main() -> int:
     parser.add_argument("--cfg-img-scale", type=float, default=1.5)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "outputs" / "evaluation")
     arguments = parser.parse_args()
+    if not arguments.checkpoint.is_dir():
+        parser.error(f"there is no {arguments.checkpoint}: `make tiny-shapes` trains it, or name another folder")
     options = {name: getattr(arguments, name) for name in ("num_timesteps", "cfg_text_scale", "cfg_img_scale")}
 
     transformers.logging.set_verbosity_error()

@@ -477,8 +477,8 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
         """
         rows = self.config.text_config.vocab_size
         if new_num_tokens is not None and new_num_tokens < rows:
-            padded = rows % ROWS_ARE_PADDED_TO == 0
-            if not (shrink or (shrink is None and not padded)):
+            keep = rows % ROWS_ARE_PADDED_TO == 0 if shrink is None else not shrink
+            if keep:
                 logger.warning_once(
                     f"The vocabulary keeps its {rows} rows, although {new_num_tokens} were asked for: more rows than "
                     "tokens are padding. resize_token_embeddings(..., shrink=True) cuts them."

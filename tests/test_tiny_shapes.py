@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+from bagel_repo import demo
 from bagel_repo.evaluate_shapes import answer, draw, prepare, share
 from bagel_repo.shapes_world import (
     Scene,
@@ -19,7 +19,6 @@ from bagel_repo.shapes_world import (
     Wish,
     describe,
     held_out_tasks,
-    is_held_out,
     judge,
     psnr_outside,
     render,
@@ -71,16 +70,7 @@ def test_draw_a_red_circle_yields_a_red_circle(shapes, shapes_processor):
 def test_make_the_circle_blue_makes_it_blue_and_keeps_the_rest(shapes, shapes_processor):
     circle, star = Thing("circle", "red", "left"), Thing("star", "green", "bottom right")
     start = Scene("white", (circle, star))
-    content = [{"type": "image", "image": render(start)}, {"type": "text", "text": "make the circle blue"}]
-    inputs = shapes_processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        generation_mode="image",
-    )
-    generator = torch.Generator().manual_seed(0)
-    edited = shapes.generate(**inputs, generation_mode="image", generator=generator, progress_bar=False)[0]
+    edited = demo.draw(shapes, shapes_processor, "make the circle blue", render(start), progress_bar=False)
     assert judge(edited).triples == (("blue", "circle", "left"), star.triple)
     assert psnr_outside(edited, render(start), (circle,)) >= 24
 
@@ -147,8 +137,3 @@ def test_numbers_of_the_readme_are_those_that_were_measured(repo):
     for name, row in record["results"].items():
         line = next(line for line in stated.splitlines() if line.startswith(f"| {name} |"))
         assert f"| {row['right']:.1%} |" in line and row["number"] == 500
-
-
-def test_held_out_prompt_of_the_readme_is_held_out():
-    assert is_held_out(("red", "circle", "top left"))
-    assert isinstance(render(Scene("white", (Thing("circle", "red", "top left"),))), Image.Image)
