@@ -26,7 +26,9 @@ from transformers.utils import logging
 from convert_bagel import import_sibling
 
 
-data, packing, training = (import_sibling(name) for name in ("data_bagel", "packing_bagel", "trainer_bagel"))
+data, packing, training, run_pictures = (
+    import_sibling(f"{name}_bagel") for name in ("data", "packing", "trainer", "run_pictures")
+)
 logger = logging.get_logger("bagel_repository.train")
 
 DROPOUTS = ("text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob")
@@ -129,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        training.plot_losses(trainer.state.log_history, Path(args.output_dir) / training.LOSS_CURVE)
+        run_pictures.plot_losses(trainer.state.log_history, Path(args.output_dir) / training.LOSS_CURVE)
     return 0
 
 

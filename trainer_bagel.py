@@ -11,21 +11,22 @@ import json
 import math
 import os
 import shutil
-import textwrap
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from .data_bagel import ConversationCollator, PackedDataset
+from .metering_bagel import Meter, count_entries, gen_siblings, is_in, matrices, pack_flops
+from .run_pictures_bagel import contact_sheet, track_picture
 
 
 logger = logging.get_logger(__name__)
@@ -202,8 +203,8 @@ class BagelTrainer(Trainer):
         counts = torch.zeros(2)
         for pack in batch_samples:
             labels = pack.get("ce_loss_weights") if reweighting else None
-            counts[0] += _count(pack.get("ce_loss_indexes")) if labels is None else labels.sum()
-            counts[1] += _count(pack.get("mse_loss_indexes"))
+            counts[0] += count_entries(pack.get("ce_loss_indexes")) if labels is None else labels.sum()
+            counts[1] += count_entries(pack.get("mse_loss_indexes"))
         counts = counts.to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
@@ -577,130 +578,6 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is measured
-
-
-class Meter:
-    """Sums over the packs since the last log: errors and their counts, tokens, packs; and the time they took."""
-
-    NAMES = ("ce", "labels", "mse", "latents", "tokens", "samples", "packs", "timed_tokens", "timed_flops")
-
-    def __init__(self, sums: torch.Tensor | None = None):
-        self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64) if sums is None else sums.clone()
-        self._sums[-2:] = 0  # their time is that of another process
-        self._started, self._paused = time.perf_counter(), 0.0
-
-    def add(self, pack: Mapping[str, Any], outputs: Any, reweighting: bool = False) -> None:
-        """Count a pack. With `reweighting`, ce and its labels are weighted as they are in the loss."""
-        ce, mse, tokens = outputs.get("ce"), outputs.get("mse"), int(pack["sequence_length"])
-        new = dict.fromkeys(self.NAMES, 0.0)
-        if ce is not None:
-            weights = pack.get("ce_loss_weights") if reweighting else None
-            weights = torch.ones_like(ce) if weights is None else weights
-            new |= {"ce": float((ce.detach() * weights).double().sum()), "labels": float(weights.double().sum())}
-        if mse is not None:
-            new |= {"mse": float(mse.detach().double().mean(-1).sum()), "latents": len(mse)}
-        samples = len(pack["sample_lens"]) - (sum(map(int, pack["sample_lens"])) > tokens)  # the last may be padding
-        new |= {"tokens": tokens, "samples": samples, "packs": 1, "timed_tokens": tokens}
-        self._sums += torch.tensor([new[name] for name in self.NAMES], dtype=torch.float64)
-
-    def add_flops(self, flops: float) -> None:
-        self._sums[-1] += flops
-
-    def pause(self, seconds: float) -> None:
-        """Time that was not spent training."""
-        self._paused += seconds
-
-    def seconds(self) -> float:
-        return max(time.perf_counter() - self._started - self._paused, 1e-9)
-
-    def sums(self, device: torch.device) -> torch.Tensor:
-        """(names,) to be added over ranks."""
-        return self._sums.to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-
-    @classmethod
-    def means(
-        cls, sums: Sequence[float], capacity: int | None, seconds: float, peak: float | None = None
-    ) -> dict[str, float]:
-        """
-        What is logged: true means, whatever packs and ranks the errors were spread over.
-
-        Args:
-            sums: of all ranks. capacity: tokens that a pack may have. seconds: that they took. peak: FLOP/s of all
-                devices.
-        """
-        sums, means = dict(zip(cls.NAMES, sums)), {}
-        if sums["labels"]:
-            means["ce"] = sums["ce"] / sums["labels"]
-        if sums["latents"]:
-            means["mse"] = sums["mse"] / sums["latents"]
-        if sums["packs"]:
-            means["tokens_per_second"] = sums["timed_tokens"] / seconds
-            if capacity:
-                means["fill"] = sums["tokens"] / sums["packs"] / capacity
-            if peak:
-                means["mfu"] = sums["timed_flops"] / seconds / peak
-        return means
-
-
-def matrices(model: torch.nn.Module) -> dict[str, int]:
-    """
-    Weights of the linear maps, by what goes through them: "und" and "gen" tokens, "all" of them, "vit" tokens, "latent"
-    tokens on their way in, and where something is learned "labels" and "velocities". Adapters count with what they
-    adapt.
-    """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    names, sums = set(linears), dict.fromkeys(("und", "gen", "all", "vit", "latent", "labels", "velocities"), 0)
-    for name, module in linears.items():
-        if _is_in(name, "vae") or _is_in(name, "original_module"):  # the latter: what PEFT keeps beside its copy
-            continue
-        kind = "all"
-        if _is_in(name, "vit_model") or _is_in(name, "connector"):
-            kind = "vit"
-        elif _is_in(name, "lm_head"):
-            kind = "labels"
-        elif _is_in(name, "llm2vae"):
-            kind = "velocities"
-        elif not _is_in(name, "language_model"):
-            kind = "latent"
-        elif "_moe_gen" in name:
-            kind = "gen"
-        elif _siblings(name) & names:
-            kind = "und"
-        sums[kind] += module.in_features * module.out_features
-    return sums
-
-
-def pack_flops(pack: Mapping[str, Any], matrices: Mapping[str, int], config: Any) -> float:
-    """
-    Model FLOPs of a training step on a pack: `6 * weights * tokens`, every weight with the tokens that pass it, and
-    `12 * layers * width * sum(length ** 2)` for attention, as in the released training script. Frozen weights count
-    like trained ones; the frozen VAE is not counted.
-    """
-    text, vision = config.text_config, config.vision_config
-    tokens = int(pack["sequence_length"])
-    gen, vit = _count(pack.get("packed_vae_token_indexes")), _count(pack.get("packed_vit_token_indexes"))
-    counts = {"und": tokens - gen, "gen": gen, "all": tokens, "vit": vit, "latent": gen}
-    counts |= {"labels": _count(pack.get("ce_loss_indexes")), "velocities": _count(pack.get("mse_loss_indexes"))}
-    flops = 6.0 * sum(matrices[name] * count for name, count in counts.items())
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    padding = sum(map(int, pack["sample_lens"])) - tokens
-    squares = sum(int(length) ** 2 for length in pack["sample_lens"]) - padding**2
-    flops += 12.0 * text.num_hidden_layers * text.num_attention_heads * head_dim * squares
-    if vit and pack.get("vit_token_seqlens") is not None:
-        squares = sum(int(length) ** 2 for length in pack["vit_token_seqlens"])
-        flops += 12.0 * config.num_vit_layers * vision.hidden_size * squares
-    return flops
-
-
-def _count(index: torch.Tensor | None) -> int:
-    """Entries of an index, which released packs also give as a bool mask."""
-    if index is None:
-        return 0
-    return int(index.sum()) if index.dtype == torch.bool else index.numel()
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # What is trained
 
 
@@ -726,10 +603,10 @@ def freeze(model: torch.nn.Module, args: BagelTrainingArguments) -> None:
         model.config.text_config.freeze_und = True
     for name, parameter in model.named_parameters():
         frozen = (
-            _is_in(name, "vae")
-            or (args.freeze_llm and _is_in(name, "language_model"))
-            or (args.freeze_vit and _is_in(name, "vit_model"))
-            or (args.freeze_connector and _is_in(name, "connector"))
+            is_in(name, "vae")
+            or (args.freeze_llm and is_in(name, "language_model"))
+            or (args.freeze_vit and is_in(name, "vit_model"))
+            or (args.freeze_connector and is_in(name, "connector"))
             or (args.freeze_und and _gets_nothing_from_und(name, names, tied))
         )
         if frozen:
@@ -738,23 +615,13 @@ def freeze(model: torch.nn.Module, args: BagelTrainingArguments) -> None:
         raise ValueError("Nothing is left to train: every parameter is frozen. Drop a freeze_ option.")
 
 
-def _is_in(name: str, part: str) -> bool:
-    return part in name.split(".")
-
-
 def _gets_nothing_from_und(name: str, names: set[str], tied: bool) -> bool:
     """Whether a parameter works on understanding tokens only, whose gradient `freeze_und` stops."""
-    if _is_in(name, "vit_model") or _is_in(name, "connector"):
+    if is_in(name, "vit_model") or is_in(name, "connector"):
         return True
-    if _is_in(name, "embed_tokens"):
+    if is_in(name, "embed_tokens"):
         return not tied
-    return bool(_siblings(name) & names)
-
-
-def _siblings(name: str) -> set[str]:
-    """What the generation expert's counterpart may be called."""
-    parts = name.split(".")
-    return {".".join([*parts[:i], f"{parts[i]}_moe_gen", *parts[i + 1 :]]) for i in range(len(parts))}
+    return bool(gen_siblings(name) & names)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -795,63 +662,3 @@ def last_complete_checkpoint(directory: str | os.PathLike) -> Path | None:
             return steps[step]
         logger.warning(f"Ignoring checkpoint {steps[step]}: {reason}.")
     return None
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Pictures of a run
-
-
-def contact_sheet(rows: Sequence[tuple[str, Image.Image | None, Image.Image]], title: str) -> Image.Image:
-    """Cells of four a row: the picture that went in, if any, the one that came out, and the prompt below."""
-    cell, gap, text_height, columns = 256, 16, 56, min(4, max(1, len(rows)))
-    with_inputs = any(image is not None for _, image, _ in rows)
-    width = (2 * cell + gap if with_inputs else cell) + gap
-    height = cell + text_height + gap
-    lines = -(-len(rows) // columns)
-    sheet = Image.new("RGB", (columns * width + gap, lines * height + text_height + gap), "white")
-    pen, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(22), ImageFont.load_default(14)
-    pen.text((gap, gap), title, fill="black", font=large)
-    for number, (text, before, after) in enumerate(rows):
-        left, top = gap + number % columns * width, text_height + gap + number // columns * height
-        for place, image in enumerate(one for one in (before, after) if one is not None):
-            sheet.paste(ImageOps.contain(image, (cell, cell)), (left + place * (cell + gap), top))
-        wrapped = textwrap.wrap(text, (width - gap) // 8, max_lines=3, placeholder=" ...")
-        pen.multiline_text((left, top + cell + 4), "\n".join(wrapped), fill="black", font=small)
-    return sheet
-
-
-def track_picture(callbacks: Sequence[TrainerCallback], picture: Image.Image, step: int) -> None:
-    """Hand a picture to the trackers among the callbacks that take pictures: TensorBoard and Weights & Biases."""
-    for callback in callbacks:
-        if (writer := getattr(callback, "tb_writer", None)) is not None:
-            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-            writer.add_image("samples", pixels.view(picture.height, picture.width, 3), step, dataformats="HWC")
-        if (wandb := getattr(callback, "_wandb", None)) is not None and getattr(wandb, "run", None) is not None:
-            wandb.log({"samples": wandb.Image(picture), "train/global_step": step})
-
-
-def plot_losses(history: Sequence[Mapping[str, float]], file: str | os.PathLike) -> bool:
-    """Loss, ce and mse over steps, of training and of evaluations; `False` without matplotlib or anything to plot."""
-    curves = {}
-    for log in history:
-        for name in ("loss", "ce", "mse", "eval_loss", "eval_ce", "eval_mse"):
-            if name in log:
-                curves.setdefault(name, []).append((log["step"], log[name]))
-    if not curves:
-        return False
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("No loss curve: `pip install matplotlib` (requirements-train.txt).")
-        return False
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 3), ("loss", "ce", "mse")):
-        for curve, style in ((name, "-"), (f"eval_{name}", "o--")):
-            if curve in curves:
-                axes.plot(*zip(*curves[curve]), style, label=curve, markersize=3, linewidth=1)
-        axes.set(xlabel="step", title=name)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(loc="upper right")
-    figure.savefig(file, dpi=110)
-    return True

@@ -18,18 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 from bagel_repo.data_bagel import ConversationCollator, DataSource, PackedDataset
+from bagel_repo.metering_bagel import Meter, matrices, pack_flops
 from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
 from bagel_repo.packing_bagel import PackingRules
+from bagel_repo.run_pictures_bagel import contact_sheet, plot_losses, track_picture
 from bagel_repo.trainer_bagel import (
     BagelTrainer,
     BagelTrainingArguments,
-    Meter,
-    contact_sheet,
     last_complete_checkpoint,
-    matrices,
-    pack_flops,
-    plot_losses,
-    track_picture,
     why_incomplete,
 )
 
