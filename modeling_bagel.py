@@ -335,6 +335,7 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
     output_modalities = ("text", "image")
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
     accepts_loss_kwargs = True
+    latent_cache = None  # a trainer may put a `LatentCache` here
 
     def __init__(self, config: BagelConfig):
         super().__init__(config)
@@ -771,7 +772,9 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
             Per image (height / 16 * width / 16, patch_latent_dim) for the released model, scaled and shifted.
         """
         vae_config, tokens = self.config.vae_config, []
-        for number, (mean, std) in enumerate(self._posteriors(images)):
+        cache = self.latent_cache
+        posteriors = self._posteriors(images) if cache is None else cache.posteriors(images, self._posteriors)
+        for number, (mean, std) in enumerate(posteriors):
             latents = mean
             if sample_posterior:
                 generator = generators[number] if generators is not None else None
