@@ -13,6 +13,7 @@ import difflib
 import importlib
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -31,6 +32,9 @@ data, packing, training, run_pictures = (
 )
 logger = logging.get_logger("bagel_repository.train")
 
+# On CPUs a kernel is compiled for every new size, and packs have ever new ones: the usual 1,024 are thrown away before
+# they come again. Read at the first use.
+ONEDNN_KERNELS = "20000"
 DROPOUTS = ("text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob")
 READERS = {
     "t2i_parquet": data.t2i_parquet,
@@ -108,6 +112,7 @@ class LoraArguments:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_KERNELS)
     try:
         model_args, data_args, lora_args, args = parse(sys.argv[1:] if arguments is None else arguments)
         checkpoint = checkpoint_to_resume(args)

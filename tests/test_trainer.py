@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 from bagel_repo.data_bagel import ConversationCollator, DataSource, PackedDataset
+from bagel_repo.latent_cache_bagel import LatentCache, picture_key
 from bagel_repo.metering_bagel import Meter, matrices, pack_flops
 from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
 from bagel_repo.packing_bagel import PackingRules
@@ -276,6 +277,40 @@ def test_packs_train_and_say_how(tmp_path):
     assert {line["id"] for line in lines} == {"rows:20", "rows:21"} and last["num_skipped"] == len(lines)
     assert "ValueError" in lines[0]["reason"] and lines[0]["rank"] == 0
     assert trainer.state.total_flos > 0 and trainer.state.epoch == 1.0
+
+
+def test_pictures_that_come_again_are_encoded_once_when_latents_are_kept(tmp_path, monkeypatch):
+    settings = {"max_steps": 8, "logging_steps": 1}
+    plain = trainer_of_rows(tmp_path / "plain", **settings)
+    kept = trainer_of_rows(tmp_path / "kept", latent_cache_gb=1e-3, **settings)
+    encoded = {id(model): 0 for model in (plain.model, kept.model)}
+    posteriors = BagelForUnifiedMultimodal._posteriors
+
+    def count(model, images):
+        encoded[id(model)] += len(images)
+        return posteriors(model, images)
+
+    monkeypatch.setattr(BagelForUnifiedMultimodal, "_posteriors", count)
+    for trainer in (plain, kept):
+        trainer.train()
+    losses = [[line["mse"] for line in trainer.state.log_history if "mse" in line] for trainer in (plain, kept)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # the noise is the same, and drawn anew every time
+    cache = kept.model.latent_cache
+    assert encoded[id(kept.model)] == len(cache) < encoded[id(plain.model)]
+    assert cache.num_bytes == sum(both.nbytes for both in cache.kept.values())
+
+
+def test_a_full_latent_cache_keeps_what_it_has_and_encodes_the_rest():
+    model = BagelForUnifiedMultimodal.from_pretrained(tiny_checkpoint())
+    stride = model.config.latent_downsample
+    images = [torch.rand(3, size, size) * 2 - 1 for size in (stride, 2 * stride, stride, 2 * stride)]
+    alone = model.encode_images(images, sample_posterior=False)
+    model.latent_cache = LatentCache(max_bytes=3 * alone[0].nbytes * 2)
+    for _ in range(2):
+        for found, expected in zip(model.encode_images(images, sample_posterior=False), alone):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert set(model.latent_cache.kept) == {picture_key(images[0]), picture_key(images[2])}
+    assert picture_key(images[0]) != picture_key(images[0].reshape(3, 1, -1)) != picture_key(images[0] + 1e-3)
 
 
 def test_rows_with_a_collator_train_too(tmp_path):
@@ -584,6 +619,8 @@ def test_wrong_arguments_are_refused(tmp_path):
         arguments(tmp_path, sample_prompts='["draw red"]')
     with pytest.raises(ValueError, match=r"ema_decay=1.5"):
         arguments(tmp_path, ema_decay=1.5)
+    with pytest.raises(ValueError, match="latent_cache_gb=-1"):
+        arguments(tmp_path, latent_cache_gb=-1)
 
 
 def test_the_loss_curve_is_a_picture(tmp_path):
