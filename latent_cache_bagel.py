@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 
+PIXELS_OF_GROUP = 256 * 256
 Posterior = tuple[torch.Tensor, torch.Tensor]  # mean and standard deviation, (z_channels, h, w)
 
 
@@ -17,9 +18,9 @@ class LatentCache:
     """
     Posteriors by the pixels of their pictures; noise is still drawn anew every time.
 
-    A picture that is new is encoded alone, so what is kept does not depend on the pictures beside it. What came first
-    stays: with a cache smaller than the data, epochs that read in the same order would find nothing in one that forgets
-    the oldest.
+    New pictures are encoded in groups whose size depends on theirs alone, so what is kept does not depend on the
+    pictures beside it. What came first stays: with a cache smaller than the data, epochs that read in the same order
+    would find nothing in one that forgets the oldest.
 
     Args:
         max_bytes: of the posteriors; further pictures are encoded whenever they come.
@@ -35,21 +36,23 @@ class LatentCache:
     def posteriors(
         self, images: Sequence[torch.Tensor], encode: Callable[[Sequence[torch.Tensor]], list[Posterior]]
     ) -> list[Posterior]:
-        """Mean and standard deviation of every image; `encode` makes those that are not kept yet, one by one."""
-        found = []
-        for image in images:
-            key = picture_key(image)
-            if key not in self.kept:
-                mean, std = encode([image])[0]
-                size = 2 * mean.numel() * mean.element_size()
-                if self.num_bytes + size > self.max_bytes:
-                    found.append((mean, std))
-                    continue
-                self.kept[key] = torch.stack([mean, std]).cpu()
-                self.num_bytes += size
-            mean, std = self.kept[key].to(image.device)
-            found.append((mean, std))
-        return found
+        """Mean and standard deviation of every image (3, h, w); `encode` makes those that are not kept yet."""
+        keys = [picture_key(image) for image in images]
+        new = {key: image for key, image in zip(keys, images) if key not in self.kept}
+        found = {key: self.kept[key] for key in keys if key in self.kept}
+        for shape in dict.fromkeys(image.shape for image in new.values()):
+            same = [key for key, image in new.items() if image.shape == shape]
+            size = max(1, min(8, PIXELS_OF_GROUP // (shape[-2] * shape[-1])))
+            for first in range(0, len(same), size):
+                group = same[first : first + size]
+                pixels = [new[key] for key in group]
+                encoded = encode(pixels + [torch.zeros_like(pixels[0])] * (size - len(group)))
+                for key, posterior in zip(group, encoded):
+                    found[key] = torch.stack(posterior)
+                    if self.num_bytes + found[key].nbytes <= self.max_bytes:
+                        self.kept[key] = found[key].cpu()
+                        self.num_bytes += found[key].nbytes
+        return [tuple(found[key].to(image.device)) for key, image in zip(keys, images)]
 
 
 def picture_key(image: torch.Tensor) -> bytes:

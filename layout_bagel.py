@@ -39,6 +39,10 @@ import torch
 from torch import nn
 
 
+# CPU kernels are compiled for every new size (milliseconds each, and packs have ever new ones), so there sizes of large
+# packs are rounded up with fillers that nothing reads.
+ROWS_STEP, LENGTH_STEP, SAMPLES_STEP = 64, 16, 4
+ROUNDED_FROM = 512  # tokens
 PADDING = -1  # sample id of padding: it sees only padding, so no row of a mask is ever empty
 UNUSED = -2  # sample id of cache places that nothing has been written to
 
@@ -160,12 +164,13 @@ class PackedLayout:
         A pack of many samples as a few padded batches with a row per sample, for kernels that know no packs.
 
         Samples whose lengths differ little share a batch: none is shorter than `slack` of the longest. Padding does not
-        count as a sample. Reads the sample lengths on the host.
+        count as a sample. Reads the sample lengths on the host. On CPUs, batches of large packs have rounded sizes.
 
         Returns:
             Per batch: `index` (samples, longest) of its tokens in the flattened (batch * length) places, 0 in padding;
             and its layout, without cached tokens.
         """
+        rounded = _has_rounded_sizes(self.sample_ids)
         row = torch.arange(self.batch_size, device=self.sample_ids.device)[:, None]
         names = torch.where(self.valid, self.sample_ids + row * self.length, PADDING).flatten()
         names, counts = names.unique_consecutive(return_counts=True)
@@ -177,8 +182,11 @@ class PackedLayout:
             longest = lengths[order[0]]
             rows = [one for one in order if lengths[one] >= slack * longest]
             order = order[len(rows) :]
+            longest += -longest % LENGTH_STEP if rounded else 0
             steps = torch.arange(longest, device=starts.device)[None]
             index, real = starts[rows][:, None] + steps, steps < counts[rows][:, None]
+            if rounded:
+                index, real = (nn.functional.pad(x, (0, 0, 0, -len(rows) % SAMPLES_STEP)) for x in (index, real))
             index = torch.where(real, index, 0)
             columns = {
                 name: getattr(self, name).flatten(0, 1)[index]
@@ -492,11 +500,12 @@ class Routing(NamedTuple):
 
     With tokens of both kinds, `order` holds every token as one row (1, batch * length, ...), understanding first, so
     that each expert works on one contiguous slice; attention puts them back with `restore`. With text and ViT tokens
-    alone nothing is moved.
+    alone nothing is moved. On CPUs the slices of large packs have rounded sizes: some tokens stand in `order` again, as
+    fillers that `restore` leaves out.
 
     Attributes:
-        order: (batch * length,) flat token indexes, understanding first; `None` = nothing is moved.
-        inverse: the way back.
+        order: flat token indexes, understanding first; `None` = nothing is moved.
+        inverse: (batch * length,) the way back.
         num_und: tokens of the understanding expert along dim 1; `None` = all.
         shape: (batch, length) before sorting.
         touch_gen: run the generation expert on its empty slice, so that its parameters take part in the backward pass
@@ -517,10 +526,16 @@ class Routing(NamedTuple):
         if gen is None or (num_gen := int(gen.sum())) == 0:
             return cls(touch_gen=torch.is_grad_enabled())
         order = torch.argsort(gen.flatten().to(torch.uint8), stable=True)
-        return cls(order, torch.argsort(order), gen.numel() - num_gen, tuple(gen.shape))
+        inverse, num_und = torch.argsort(order), gen.numel() - num_gen
+        if _has_rounded_sizes(gen):
+            und, gen_order = order.split([num_und, num_gen])
+            fillers = -num_und % ROWS_STEP
+            order = torch.cat([und, order[:1].expand(fillers), gen_order, order[-1:].expand(-num_gen % ROWS_STEP)])
+            inverse, num_und = inverse + fillers * (inverse >= num_und), num_und + fillers
+        return cls(order, inverse, num_und, tuple(gen.shape))
 
     def sort(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, length, ...) -> (1, batch * length, ...) by expert."""
+        """(batch, length, ...) -> (1, tokens and fillers, ...) by expert."""
         return hidden if self.order is None else hidden.flatten(0, 1)[self.order.to(hidden.device)][None]
 
     def restore(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -545,6 +560,10 @@ class Routing(NamedTuple):
             out = self.freeze(und(hidden))
             return torch.cat([out, gen(hidden[:, :0])], dim=1) if self.touch_gen else out
         return torch.cat([self.freeze(und(hidden[:, : self.num_und])), gen(hidden[:, self.num_und :])], dim=1)
+
+
+def _has_rounded_sizes(column: torch.Tensor) -> bool:
+    return column.device.type == "cpu" and column.numel() >= ROUNDED_FROM
 
 
 def grid_block_positions(rows: int, columns: int) -> torch.LongTensor:
