@@ -540,7 +540,7 @@ class Inventor:
         return bool(self.draws.random() < probability)
 
 
-SHARES = {"draw": 0.42, "ask": 0.2, "edit": 0.33, "tell": 0.05}
+SHARES = {"draw": 0.35, "ask": 0.3, "edit": 0.3, "tell": 0.05}
 
 
 class TrainingRows(Sequence):
