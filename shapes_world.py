@@ -37,6 +37,18 @@ CENTRES = (11, 32, 53)
 JITTER = 1  # pixels that a thing may stand off the centre of its place, down and right
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
 NUMBERS = {1: "one", 2: "two"}
+# kinds of questions, and how often dialogues for training ask them; single questions are of all kinds alike
+QUESTIONS = {
+    "colour": 2,
+    "what": 4,
+    "where": 2,
+    "count": 1,
+    "size": 4,
+    "ground": 1,
+    "describe": 6,
+    "nothing": 1,
+    "relation": 6,
+}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -405,16 +417,17 @@ class Inventor:
         return self._question(*self.scene(self.held_out))
 
     def dialogue(self) -> list[Task]:
-        """Two to five questions about one picture."""
+        """Two to five questions about one picture, more of those that ask for much of it."""
         scene, thing, other = self.scene(self.held_out)
         things = [(thing, other)] if other is None else [(thing, other), (other, thing)]
-        return [self._question(scene, *self._pick(things)) for _ in range(self.draws.integers(2, 6))]
+        return [self._question(scene, *self._pick(things), QUESTIONS) for _ in range(self.draws.integers(2, 6))]
 
-    def _question(self, scene: Scene, thing: Thing, other: Thing | None) -> Task:
-        kinds = ["colour", "what", "where", "count", "size", "ground", "describe", "nothing"]
-        if other is not None and related(thing, other):
-            kinds += ["relation", "relation"]
-        question, answer = getattr(self, f"_ask_{self._pick(kinds)}")(scene, thing, other)
+    def _question(self, scene: Scene, thing: Thing, other: Thing | None, weights: dict[str, int] | None = None) -> Task:
+        weights = weights or dict.fromkeys(QUESTIONS, 1) | {"relation": 2}
+        if other is None or not related(thing, other):
+            weights = {kind: weight for kind, weight in weights.items() if kind != "relation"}
+        kind = self._pick([kind for kind, weight in weights.items() for _ in range(weight)])
+        question, answer = getattr(self, f"_ask_{kind}")(scene, thing, other)
         return Task("ask", question, start=scene, answer=answer)
 
     def edit(self) -> Task:
