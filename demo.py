@@ -19,8 +19,7 @@ from transformers import AutoModel, AutoProcessor, logging
 
 
 REPOSITORY = Path(__file__).resolve().parent
-EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"  # `make tiny-shapes` trains it
-RANDOM = REPOSITORY / "checkpoints" / "tiny-random"
+EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"
 # what the embedded model knows is shapes; without an image, the picture just drawn is asked about and edited
 SHAPES = {
     "drawing": "draw a large red circle at the left and a small blue star at the right on a white ground",
@@ -84,7 +83,7 @@ def contact_sheet(rows: list[tuple[str, Image.Image | None, Image.Image | str]],
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=EMBEDDED if EMBEDDED.exists() else RANDOM)
+    parser.add_argument("--model", type=Path, default=EMBEDDED)
     parser.add_argument("--image", type=Path, help="to ask about and to edit; by default the picture just drawn")
     parser.add_argument("--drawing", help="what to draw")
     parser.add_argument("--question", help="what to ask about the picture")

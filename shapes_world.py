@@ -37,6 +37,7 @@ CENTRES = (11, 32, 53)
 JITTER = 1  # pixels that a thing may stand off the centre of its place, down and right
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
 NUMBERS = {1: "one", 2: "two"}
+OPENING = "here it is"
 # kinds of questions, and how often dialogues for training ask them; single questions are of all kinds alike
 QUESTIONS = {
     "colour": 2,
@@ -327,7 +328,7 @@ class Wish(NamedTuple):
 class Task(NamedTuple):
     """
     One thing to do: "draw" (prompt -> picture), "ask" (picture, prompt -> `answer`), "edit" (picture, prompt ->
-    picture) or "tell" (prompt -> picture, then `answer`).
+    picture) or "tell" (prompt -> opening, picture, `answer`).
 
     Args:
         start: the scene of the picture that is given. wish: of the picture to make. result: a scene that grants it.
@@ -347,7 +348,10 @@ class Task(NamedTuple):
 
 
 def conversation(tasks: Sequence[Task], name: str | None = None) -> dict[str, Any]:
-    """Tasks about one start, one after the other, as a row for training; the start is shown once."""
+    """
+    Tasks about one start, one after the other, as a row for training; the start is shown once. Who draws and tells
+    begins with words, as interleaved generation does.
+    """
     messages, images = [], []
     for number, task in enumerate(tasks):
         asked = [{"type": "text", "text": task.prompt}]
@@ -355,6 +359,7 @@ def conversation(tasks: Sequence[Task], name: str | None = None) -> dict[str, An
             asked.insert(0, {"type": "image"})
             images.append(render(task.start))
         made = [{"type": "image"}] if task.result is not None else []
+        made = [{"type": "text", "text": OPENING}, *made] if made and task.answer is not None else made
         images += [render(task.result)] if task.result is not None else []
         made += [{"type": "text", "text": task.answer}] if task.answer is not None else []
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": made}]

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures larger than a model was trained on, with interpolated positions and without, as a sheet.
 
-python benchmarks/extend.py --model DIR --size PIXELS [--factor 2] [--prompt TEXT ...] [--output FILE]
+python benchmarks/extend.py [--model DIR] [--size PIXELS] [--factor 2] [--prompt TEXT ...] [--output FILE]
 
 `--size` is the side of the pictures in training; by default that of the whole latent position table. A larger table
 than that is cut to it first, so that "the table" is what was trained. Columns: the trained size; then the larger size
@@ -27,7 +27,11 @@ from convert_bagel import import_sibling  # noqa: E402
 
 
 embeddings = import_sibling("embeddings_bagel")
-PROMPTS = ("A red car in front of a blue house", "A green circle above a yellow square")
+PROMPTS = (
+    "draw a large red circle at the left on a white ground",
+    "draw a large blue star at the top right on a black ground",
+    "draw a large green square at the top left and a large yellow triangle at the bottom right",
+)
 
 
 def set_table(model, side: int, interpolate_pos: bool | str) -> None:
@@ -79,7 +83,7 @@ def sheet_of(prompts: list[str], columns: dict[str, list[Image.Image]], cell: in
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=REPOSITORY / "checkpoints" / "tiny-random")
+    parser.add_argument("--model", type=Path, default=REPOSITORY / "checkpoints" / "tiny-shapes")
     parser.add_argument("--size", type=int, help="side of the pictures in training, in pixels")
     parser.add_argument("--factor", type=float, default=2.0)
     parser.add_argument("--prompt", nargs="+", default=list(PROMPTS))

@@ -1,0 +1,1 @@
+../../modeling_siglip_navit.py
