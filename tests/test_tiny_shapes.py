@@ -97,14 +97,8 @@ def test_a_batch_draws_what_single_prompts_draw(shapes, shapes_processor):
 
 @pytest.mark.skip(reason="the embedded checkpoint was trained on turns that begin with the picture; it never opens one")
 def test_it_decides_to_draw_and_then_says_what_it_drew(shapes, shapes_processor):
-    content = [{"type": "text", "text": "draw a red circle at the left and say what it shows"}]
-    inputs = shapes_processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        generation_mode="interleaved",
-    )
+    task = Task("tell", "draw a red circle at the left and say what it shows")
+    inputs = prepare(shapes_processor, [task], "interleaved")
     made = shapes.generate(
         **inputs,
         generation_mode="interleaved",
