@@ -149,7 +149,7 @@ class BagelTrainer(Trainer):
         self._loader = None
         self._matrices = matrices(self.model)
         if self.args.latent_cache_gb:
-            bagel = next(module for module in self.model.modules() if hasattr(module, "latent_cache"))  # PEFT wraps it
+            bagel = next(m for m in self.model.modules() if hasattr(type(m), "latent_cache"))  # PEFT wraps it
             bagel.latent_cache = LatentCache(self.args.latent_cache_gb * 1e9)
         self.add_callback(_Hooks(self))
         if isinstance(self.train_dataset, PackedDataset):

@@ -300,6 +300,15 @@ def test_pictures_that_come_again_are_encoded_once_when_latents_are_kept(tmp_pat
     assert cache.num_bytes == sum(both.nbytes for both in cache.kept.values())
 
 
+def test_latents_are_kept_under_adapters_too(tmp_path):
+    peft = pytest.importorskip("peft")
+    plain = trainer_of_rows(tmp_path)
+    bagel, settings = plain.model, {"max_steps": 1, "latent_cache_gb": 1e-3}
+    model = peft.get_peft_model(bagel, peft.LoraConfig(r=2, target_modules=bagel.lora_targets("gen")))
+    BagelTrainer(model, arguments(tmp_path, **settings), train_dataset=plain.train_dataset).train()
+    assert len(bagel.latent_cache) > 0
+
+
 def test_what_a_latent_cache_keeps_does_not_depend_on_the_pictures_beside_it():
     model = BagelForUnifiedMultimodal.from_pretrained(tiny_checkpoint())
     images = [torch.rand(3, 32, 32) * 2 - 1 for _ in range(11)]
