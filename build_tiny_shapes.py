@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Before and after the training of `checkpoints/tiny-shapes`, a complete BAGEL that really works, small enough for git.
 
-    python build_tiny_shapes.py start outputs/tiny-shapes/start     # trains the VAE, puts an untrained model around it
+    python build_tiny_shapes.py start outputs/tiny-shapes/start     # trains VAE and vision tower
     torchrun --standalone --nproc_per_node 2 train.py --config configs/tiny_shapes.yaml  # trains the model
     python build_tiny_shapes.py finish outputs/tiny-shapes/run/ema  # writes checkpoints/tiny-shapes
 
@@ -10,8 +10,10 @@
 """
 
 import argparse
+import itertools
 import math
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +24,17 @@ from transformers import GenerationConfig
 
 from build_tiny_checkpoint import write_checkpoint
 from convert_bagel import REPOSITORY, import_sibling
-from shapes_world import SIDE, Inventor, Scene, all_sentences, render
+from shapes_world import COLOURS, PLACES, SHAPES, SIDE, SIZES, Inventor, Scene, all_sentences, render, strange_colours
 from tokenization_tiny import build_tiny_tokenizer
 
 
 CHECKPOINT = REPOSITORY / "checkpoints" / "tiny-shapes"
+KINDS = list(itertools.product(SHAPES, SIZES))
+NAMES = [1 + len(KINDS), 1 + len(COLOURS)]  # what a place may hold: no thing or one of a kind, and of a colour
 PATCH = 16  # pixels per token and side, of the vision tower and of the VAE alike
 VOCABULARY = 448
+
+patchify = import_sibling("image_processing_bagel").patchify
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -57,45 +63,64 @@ def train_vae(steps: int, batch_size: int = 16, learning_rate: float = 2e-3, see
     config = import_sibling("configuration_bagel").BagelVAEConfig(**settings)
     vae = import_sibling("modeling_bagel").build_vae(config).to(memory_format=torch.channels_last)
     draws = np.random.default_rng(seed + 1)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.05)
-    progress = trange(steps, desc="autoencoder")
-    for _ in progress:
-        pixels = pictures(draws, batch_size).to(memory_format=torch.channels_last)
+
+    def loss() -> torch.Tensor:
+        pixels = pictures(scenes(draws, batch_size)).to(memory_format=torch.channels_last)
         posterior = vae.encode(pixels).latent_dist
         restored = vae.decode(posterior.sample()).sample
         stands_out = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05
         error = (restored - pixels).abs() + 2 * (restored - pixels) ** 2
-        loss = ((1 + 7 * stands_out) * error).mean() + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        progress.set_postfix(loss=f"{loss.item():.4f}")
+        return ((1 + 7 * stands_out) * error).mean() + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
+
+    _fit(list(vae.parameters()), loss, steps, learning_rate, weight_decay=1e-4, title="autoencoder")
     return vae, settings | _latent_scale(vae, draws)
 
 
-def pictures(draws: np.random.Generator, number: int) -> torch.Tensor:
-    """Pictures without held-out combinations, (number, 3, 64, 64) in [-1, 1]; a few show only a ground."""
-    inventor, images = Inventor(draws), []
-    for _ in range(number):
-        scene = inventor.scene(False)[0]
-        scene = scene if draws.random() > 0.03 else Scene(scene.ground, ())
-        images.append(np.asarray(render(scene)))
+def _fit(
+    parameters: list[nn.Parameter],
+    loss: Callable[[], torch.Tensor],
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    title: str,
+) -> None:
+    """AdamW on a loss that draws its own batches, with one cycle of the learning rate."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.05)
+    progress = trange(steps, desc=title)
+    for _ in progress:
+        now = loss()
+        optimizer.zero_grad()
+        now.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        progress.set_postfix(loss=f"{now.item():.4f}")
+
+
+def scenes(draws: np.random.Generator, number: int) -> list[Scene]:
+    """Scenes without held-out combinations; a few have only a ground."""
+    inventor = Inventor(draws)
+    made = [inventor.scene(False)[0] for _ in range(number)]
+    return [scene if draws.random() > 0.03 else Scene(scene.ground, ()) for scene in made]
+
+
+def pictures(scenes: Sequence[Scene], draws: np.random.Generator | None = None) -> torch.Tensor:
+    """(number, 3, 64, 64) in [-1, 1]; with `draws`, things have colours that no word of this world names."""
+    images = [render(scene, strange_colours(draws, scene.ground) if draws else COLOURS) for scene in scenes]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()
 def _latent_scale(vae: nn.Module, draws: np.random.Generator) -> dict[str, float]:
-    latents = vae.encode(pictures(draws, 256)).latent_dist.sample()
+    latents = vae.encode(pictures(scenes(draws, 256))).latent_dist.sample()
     return {"scale_factor": 1 / latents.std().item(), "shift_factor": latents.mean().item()}
 
 
 @torch.no_grad()
 def vae_psnr(vae: nn.Module, number: int = 256, seed: int = 7) -> tuple[float, float]:
     """Mean and worst PSNR in dB of restored pictures."""
-    pixels = pictures(np.random.default_rng(seed), number)
+    pixels = pictures(scenes(np.random.default_rng(seed), number))
     restored = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
     errors = ((restored - pixels) ** 2).mean((1, 2, 3))
     decibels = [10 * math.log10(4 / error) for error in errors.tolist()]
@@ -103,12 +128,102 @@ def vae_psnr(vae: nn.Module, number: int = 256, seed: int = 7) -> tuple[float, f
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# The vision tower
+
+
+class PlaceReader(nn.Module):
+    """
+    Says of every place what stands there, from the patches of a picture.
+
+    It does so twice. Reading all patches at once is learned soon; one reading for all places, of what attention gathers
+    there, is how a decoder reads, and is learned late unless the first one leads.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        patches = (SIDE // PATCH) ** 2
+        self.at_once = nn.Linear(patches * hidden_size, len(PLACES) * sum(NAMES))
+        self.attention = nn.Parameter(torch.zeros(len(PLACES), patches))
+        self.gathered = nn.Linear(hidden_size, sum(NAMES))
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pictures, patches, hidden_size) -> logits (pictures, places, sum(NAMES)), twice."""
+        at_once = self.at_once(features.flatten(1)).unflatten(1, (len(PLACES), -1))
+        return at_once, self.gathered((10 * self.attention).softmax(-1) @ features)
+
+
+def train_tower(
+    model: nn.Module, steps: int, batch_size: int = 128, learning_rate: float = 2e-3, seed: int = 0
+) -> float:
+    """
+    Teach the vision tower what stands where, as BAGEL begins with a SigLIP that has seen pictures.
+
+    Left to the decoder's answers alone, a tower learns colours and places soon and shapes very late. Shapes are taught
+    on things in colours of no name, colours on others: which combinations of the two do not occur cannot be learned.
+
+    Args:
+        model: its `vit_model` is trained, in place.
+
+    Returns:
+        The share of things in new pictures whose shape, size and colour the tower names.
+    """
+    torch.manual_seed(seed)
+    draws = np.random.default_rng(seed + 3)
+    reader = PlaceReader(model.config.vision_config.hidden_size)
+
+    def loss() -> torch.Tensor:
+        of_kinds, of_colours = scenes(draws, batch_size // 2), scenes(draws, batch_size // 2)
+        features = _look(model, torch.cat([pictures(of_kinds, draws), pictures(of_colours)]))
+        names = place_names([*of_kinds, *of_colours])
+        losses = []
+        for logits in reader(features):
+            kinds, colours = logits.split(NAMES, dim=-1)
+            losses.append(_naming_loss(kinds[: len(of_kinds)], names[: len(of_kinds), :, 0]))
+            losses.append(_naming_loss(colours[len(of_kinds) :], names[len(of_kinds) :, :, 1]))
+        return sum(losses)
+
+    parameters = [*model.vit_model.parameters(), *reader.parameters()]
+    _fit(parameters, loss, steps, learning_rate, weight_decay=0.01, title="vision tower")
+    shown = scenes(draws, 1000)
+    with torch.no_grad():
+        _, gathered = reader(_look(model, pictures(shown)))
+    named = torch.stack([logits.argmax(-1) for logits in gathered.split(NAMES, dim=-1)], dim=-1)
+    names = place_names(shown)
+    return (named == names).all(-1)[names.any(-1)].float().mean().item()
+
+
+def _naming_loss(logits: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
+    """Cross entropy; most places are empty, so those count less."""
+    weight = torch.ones(logits.shape[-1])
+    weight[0] = 0.3
+    return nn.functional.cross_entropy(logits.flatten(0, 1), names.flatten(), weight)
+
+
+def _look(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """What the tower says of pictures, (pictures, patches, hidden_size)."""
+    side = SIDE // PATCH
+    patches = torch.cat([patchify(picture, PATCH) for picture in pixels])
+    features = model.get_image_features(patches, torch.tensor([[side, side]] * len(pixels))).last_hidden_state
+    return features.unflatten(0, (len(pixels), -1))
+
+
+def place_names(scenes: Sequence[Scene]) -> torch.Tensor:
+    """(scenes, places, 2): what stands at each place, as 1 + its number in `KINDS` and in `COLOURS`, 0 for nothing."""
+    names = torch.zeros(len(scenes), len(PLACES), 2, dtype=torch.long)
+    for number, scene in enumerate(scenes):
+        for thing in scene.things:
+            name = 1 + KINDS.index((thing.shape, thing.size)), 1 + list(COLOURS).index(thing.colour)
+            names[number, PLACES.index(thing.place)] = torch.tensor(name)
+    return names
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Start and finish
 
 
-def start(directory: Path, steps: int, seed: int = 0) -> None:
-    """An untrained model around a trained VAE, with tokenizer and processor."""
-    vae, settings = train_vae(steps, seed=seed)
+def start(directory: Path, vae_steps: int, tower_steps: int, seed: int = 0) -> None:
+    """An untrained decoder between a trained VAE and a trained vision tower, with tokenizer and processor."""
+    vae, settings = train_vae(vae_steps, seed=seed)
     mean, worst = vae_psnr(vae.eval())
     print(f"The autoencoder restores pictures at {mean:.1f} dB (worst {worst:.1f} dB).")
     configuration, modeling = import_sibling("configuration_bagel"), import_sibling("modeling_bagel")
@@ -150,6 +265,8 @@ def start(directory: Path, steps: int, seed: int = 0) -> None:
     torch.manual_seed(seed)
     model = modeling.BagelForUnifiedMultimodal(config)
     model.vae.load_state_dict(vae.state_dict())
+    right = train_tower(model, tower_steps, seed=seed)
+    print(f"The vision tower names shape, size and colour of {right:.1%} of the things it sees.")
     _set_generation(model)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
@@ -172,15 +289,16 @@ def _set_generation(model: nn.Module) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    starting = commands.add_parser("start", help="train the VAE and write an untrained model around it")
+    starting = commands.add_parser("start", help="train VAE and vision tower and write an untrained model around them")
     starting.add_argument("directory", type=Path)
     starting.add_argument("--vae-steps", type=int, default=8000)
+    starting.add_argument("--tower-steps", type=int, default=4000)
     finishing = commands.add_parser("finish", help="write the checkpoint from a trained model")
     finishing.add_argument("trained", type=Path)
     finishing.add_argument("directory", type=Path, nargs="?", default=CHECKPOINT)
     arguments = parser.parse_args()
     if arguments.command == "start":
-        start(arguments.directory, arguments.vae_steps)
+        start(arguments.directory, arguments.vae_steps, arguments.tower_steps)
     else:
         finish(arguments.trained, arguments.directory)
     return 0

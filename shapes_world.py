@@ -11,7 +11,7 @@ them, neither as a start nor as the result of an edit, so what a model does with
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ GROUNDS = {"white": (245, 245, 245), "black": (20, 20, 20), "grey": (128, 128, 1
 SIZES = {"small": 14, "large": 18}  # pixels across
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 CENTRES = (11, 32, 53)
+FARTHEST = 70  # how far, in RGB, the judge still takes a colour for one of those above
 JITTER = 1  # pixels that a thing may stand off the centre of its place, down and right
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
 NUMBERS = {1: "one", 2: "two"}
@@ -115,8 +116,8 @@ def related(first: Thing, other: Thing) -> str | None:
 # Pictures
 
 
-def render(scene: Scene) -> Image.Image:
-    """The picture of a scene, with soft edges."""
+def render(scene: Scene, colours: Mapping[str, Sequence[float]] = COLOURS) -> Image.Image:
+    """The picture of a scene, with soft edges; `colours` are (red, green, blue) in 0..255."""
     pixels = np.empty((SIDE, SIDE, 3), np.float32)
     pixels[:] = GROUNDS[scene.ground]
     for thing in scene.things:
@@ -124,8 +125,19 @@ def render(scene: Scene) -> Image.Image:
         alpha = stamp(thing.shape, SIZES[thing.size])
         half = len(alpha) // 2
         window = pixels[row - half : row + half, column - half : column + half]
-        window += alpha[:, :, None] * (np.float32(COLOURS[thing.colour]) - window)
+        window += alpha[:, :, None] * (np.float32(colours[thing.colour]) - window)
     return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def strange_colours(draws: np.random.Generator, ground: str) -> dict[str, np.ndarray]:
+    """For every colour another one, which the judge would not name and which stands out from the ground."""
+    known = np.array([*COLOURS.values(), GROUNDS[ground]])
+    made = {}
+    while len(made) < len(COLOURS):
+        colour = draws.uniform(0, 255, 3)
+        if np.linalg.norm(known - colour, axis=1).min() > FARTHEST:
+            made[list(COLOURS)[len(made)]] = colour
+    return made
 
 
 @cache
@@ -255,7 +267,7 @@ def _recognise(pixels: np.ndarray, mask: np.ndarray, ground: np.ndarray) -> Thin
     cover, shape, size = max(
         (_best_cover(mask, shape, SIZES[size], centre), shape, size) for shape in SHAPES for size in SIZES
     )
-    known = distance < 70 and off <= 6 and cover >= 0.8
+    known = distance < FARTHEST and off <= 6 and cover >= 0.8
     return Thing(shape if known else "unknown", colour, PLACES[3 * row + column], size)
 
 
@@ -558,7 +570,7 @@ class Inventor:
         return bool(self.draws.random() < probability)
 
 
-SHARES = {"draw": 0.35, "ask": 0.3, "edit": 0.3, "tell": 0.05}
+SHARES = {"draw": 0.4, "ask": 0.2, "edit": 0.35, "tell": 0.05}
 
 
 class TrainingRows(Sequence):

@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 
 from bagel_repo.shapes_world import (
     COLOURS,
+    FARTHEST,
     GROUNDS,
     JITTER,
     PLACES,
@@ -29,6 +30,7 @@ from bagel_repo.shapes_world import (
     psnr_outside,
     related,
     render,
+    strange_colours,
 )
 
 
@@ -59,6 +61,25 @@ def test_judge_reads_all_pictures_of_tasks():
         for task in [inventor.task(kind) for _ in range(40)] + held_out_tasks(kind, 40):
             for scene in (task.start, task.result):
                 assert scene is None or judge(render(scene)) == scene
+
+
+@pytest.mark.parametrize("ground", GROUNDS)
+def test_strange_colours_are_far_from_all_that_have_names_and_from_the_ground(ground):
+    draws = np.random.default_rng(0)
+    for _ in range(20):
+        colours = strange_colours(draws, ground)
+        named = np.array([*COLOURS.values(), GROUNDS[ground]])
+        assert list(colours) == list(COLOURS)
+        assert all(np.linalg.norm(named - colour, axis=1).min() > FARTHEST for colour in colours.values())
+
+
+@pytest.mark.parametrize("ground", GROUNDS)
+def test_things_in_strange_colours_are_where_they_were(ground):
+    scene = Scene(ground, (Thing("star", "red", "left"), Thing("cross", "blue", "bottom right", "small")))
+    plain = np.asarray(render(scene))
+    strange = np.asarray(render(scene, {"red": (0, 0, 255), "blue": (0, 0, 0)}))
+    empty = np.asarray(render(Scene(ground, ())))
+    assert ((plain != empty).any(-1) == (strange != empty).any(-1)).mean() > 0.99
 
 
 def test_judge_reads_pictures_that_are_a_little_soft_and_noisy():

@@ -6,20 +6,24 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from bagel_repo import demo
+from bagel_repo import build_tiny_shapes, demo
 from bagel_repo.evaluate_shapes import answer, draw, prepare, share
 from bagel_repo.shapes_world import (
+    COLOURS,
     OPENING,
+    PLACES,
     Scene,
     Task,
     Thing,
     Wish,
     describe,
     held_out_tasks,
+    is_held_out,
     judge,
     psnr_outside,
     render,
@@ -111,6 +115,32 @@ def test_it_decides_to_draw_and_then_says_what_it_drew(shapes, shapes_processor)
     assert [type(item).__name__ for item in made] == ["str", "Image", "str"]
     assert judge(made[1]).triples == (("red", "circle", "left"),)
     assert made[::2] == [OPENING, describe(judge(made[1]))]
+
+
+def test_the_vision_tower_is_taught_what_stands_where_and_nothing_else_changes(directory):
+    model = AutoModel.from_pretrained(directory, trust_remote_code=True, dtype="float32")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    right = build_tiny_shapes.train_tower(model, steps=2, batch_size=4)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    tower = {name for name, _ in model.named_parameters() if name.startswith("vit_model.")}
+    assert 0 <= right < 0.5 and changed == tower
+
+
+def test_what_comes_before_training_shows_no_held_out_combination():
+    shown = build_tiny_shapes.scenes(np.random.default_rng(0), 500)
+    assert not any(is_held_out(triple) for scene in shown for triple in scene.triples)
+    assert {len(scene.things) for scene in shown} == {0, 1, 2}
+
+
+def test_places_are_named_by_what_stands_there():
+    scene = Scene("white", (Thing("star", "green", "bottom right", "small"), Thing("circle", "red", "top")))
+    names = build_tiny_shapes.place_names([Scene("black", ()), scene])
+    kinds, colours = ["nothing", *build_tiny_shapes.KINDS], ["nothing", *COLOURS]
+    seen = {
+        (picture, PLACES[place], kinds[names[picture, place, 0]], colours[names[picture, place, 1]])
+        for picture, place in names.any(-1).nonzero().tolist()
+    }
+    assert seen == {(1, "top", ("circle", "large"), "red"), (1, "bottom right", ("star", "small"), "green")}
 
 
 def test_prompts_are_those_of_the_training_rows(shapes_processor):
