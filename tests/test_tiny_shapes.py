@@ -74,12 +74,12 @@ def test_draw_a_red_circle_yields_a_red_circle(shapes, shapes_processor):
 def test_make_the_circle_blue_makes_it_blue_and_keeps_the_rest(shapes, shapes_processor):
     circle, star = Thing("circle", "red", "left"), Thing("star", "green", "bottom right")
     start = Scene("white", (circle, star))
-    edited = demo.draw(shapes, shapes_processor, "make the circle blue", render(start), seed=1, progress_bar=False)
+    edited = demo.draw(shapes, shapes_processor, "make the circle blue", render(start), seed=0, progress_bar=False)
     assert judge(edited).triples == (("blue", "circle", "left"), star.triple)
     assert psnr_outside(edited, render(start), (circle,)) >= 24
 
 
-@pytest.mark.parametrize(("kind", "at_least"), [("draw", 0.7), ("edit", 0.65)])
+@pytest.mark.parametrize(("kind", "at_least"), [("draw", 0.8), ("edit", 0.8)])
 def test_most_pictures_of_combinations_never_seen_are_right(shapes, shapes_processor, kind, at_least):
     """A guard against regressions; the numbers that count are those of `make eval`."""
     outcomes = draw(shapes, shapes_processor, held_out_tasks(kind, 32, seed=5), seed=0, **FAST)
@@ -87,7 +87,7 @@ def test_most_pictures_of_combinations_never_seen_are_right(shapes, shapes_proce
 
 
 def test_most_answers_about_combinations_never_seen_are_exact(shapes, shapes_processor):
-    assert share(answer(shapes, shapes_processor, held_out_tasks("ask", 48, seed=5), seed=0)) >= 0.7
+    assert share(answer(shapes, shapes_processor, held_out_tasks("ask", 48, seed=5), seed=0)) >= 0.9
 
 
 def test_a_batch_draws_what_single_prompts_draw(shapes, shapes_processor):
@@ -99,7 +99,6 @@ def test_a_batch_draws_what_single_prompts_draw(shapes, shapes_processor):
         assert max(difference) <= 2
 
 
-@pytest.mark.skip(reason="the embedded checkpoint was trained on turns that begin with the picture; it never opens one")
 def test_it_decides_to_draw_and_then_says_what_it_drew(shapes, shapes_processor):
     task = Task("tell", "draw a red circle at the left and say what it shows")
     inputs = prepare(shapes_processor, [task], "interleaved")
