@@ -133,10 +133,10 @@ def strange_colours(draws: np.random.Generator, ground: str) -> dict[str, np.nda
     """For every colour another one, which the judge would not name and which stands out from the ground."""
     known = np.array([*COLOURS.values(), GROUNDS[ground]])
     made = {}
-    while len(made) < len(COLOURS):
-        colour = draws.uniform(0, 255, 3)
-        if np.linalg.norm(known - colour, axis=1).min() > FARTHEST:
-            made[list(COLOURS)[len(made)]] = colour
+    for name in COLOURS:
+        made[name] = draws.uniform(0, 255, 3)
+        while np.linalg.norm(known - made[name], axis=1).min() <= FARTHEST:
+            made[name] = draws.uniform(0, 255, 3)
     return made
 
 
