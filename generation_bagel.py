@@ -43,6 +43,9 @@ class DrawingOptions:
     """
     How a picture is drawn; names and defaults of the released sampler.
 
+    A model brings other defaults of `num_timesteps`, `timestep_shift`, `cfg_*` and `sample_posterior` along in its
+    `generation_config.json`, as it does for writing; arguments of `generate` come before those.
+
     Args:
         num_timesteps (`int`): knots of the time grid; the network runs `num_timesteps - 1` steps.
         timestep_shift (`float`): moves the knots towards noise.
@@ -102,6 +105,10 @@ class DrawingOptions:
 
 
 DRAWING_ARGUMENTS = tuple(field.name for field in fields(DrawingOptions))
+STORED_ARGUMENTS = (  # those that a generation config may hold
+    *("num_timesteps", "timestep_shift", "sample_posterior"),
+    *(name for name in DRAWING_ARGUMENTS if name.startswith("cfg_")),
+)
 
 
 @dataclass
@@ -248,9 +255,13 @@ class BagelGenerationMixin(GenerationMixin):
             return {name: value for name, value in kwargs.items() if name in names and value is not None}
 
         text = pick(text_names - set(prompt_names) - set(mode_defaults) - set(DRAWING_ARGUMENTS))
+        drawing = pick(DRAWING_ARGUMENTS)
+        for config in (kwargs.get("generation_config"), self.generation_config):
+            stored = {name: getattr(config, name, None) for name in STORED_ARGUMENTS}
+            drawing = {name: value for name, value in stored.items() if value is not None} | drawing
         return {
             "prompt": pick(prompt_names),
-            "options": DrawingOptions(**pick(DRAWING_ARGUMENTS)),
+            "options": DrawingOptions(**drawing),
             "text_arguments": text,
             **{name: default if kwargs.get(name) is None else kwargs[name] for name, default in mode_defaults.items()},
         }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.cache_utils import DynamicCache
 
 
@@ -355,6 +355,34 @@ def test_text_alone_needs_no_third_evaluation_for_picture_guidance(model, proces
     monkeypatch.setattr(model, "predict_velocity", lambda *args: calls.append(1) or predict(*args))
     draw(model, processor, edits[1:2], cfg_interval=(0.0, 1.0), cfg_img_scale=2.0)
     assert len(calls) == 2 * 3
+
+
+def test_a_model_brings_its_own_defaults_for_drawing_along(model, processor, edits, questions, tmp_path):
+    def run(model, **options):
+        seen = []
+        model.generate(
+            **prepare(processor, edits[:1], "image"),
+            generation_mode="image",
+            progress_bar=False,
+            generator=torch.Generator().manual_seed(0),
+            callback_on_step_end=lambda model, step, t, tensors: seen.append((float(t), tensors["velocity"].tolist())),
+            **options,
+        )
+        return seen
+
+    settings = {"num_timesteps": 4, "timestep_shift": 1.0, "cfg_text_scale": 2.0, "cfg_interval": (0.0, 1.0)}
+    model.save_pretrained(tmp_path)
+    GenerationConfig(**settings, **model.generation_config.to_diff_dict()).save_pretrained(tmp_path)
+    own = type(model).from_pretrained(tmp_path)
+    expected = run(model, **settings)
+    assert [t for t, _ in expected] == pytest.approx([1, 2 / 3, 1 / 3])
+    assert run(own) == expected
+    assert run(model, generation_config=GenerationConfig(**settings)) == expected
+    other = {"num_timesteps": 3, "cfg_text_scale": 1.0}
+    assert run(own, **other) == run(model, **settings | other) != expected
+    assert answer(own, processor, questions[:1], max_new_tokens=6).tolist() == (
+        answer(model, processor, questions[:1], max_new_tokens=6).tolist()
+    )
 
 
 def test_drawing_leaves_the_next_answer_unchanged(model, processor, questions, edits):
