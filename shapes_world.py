@@ -93,6 +93,10 @@ class Scene:
         """(colour, shape, place) of every thing: what the judge is asked for."""
         return tuple(thing.triple for thing in self.things)
 
+    def centred(self) -> "Scene":
+        """Everything in the middle of its place. Sentences tell no offsets, so what is drawn from them has none."""
+        return replace(self, things=tuple(replace(thing, offset=(0, 0)) for thing in self.things))
+
     def swap(self, old: Thing, *new: Thing) -> "Scene":
         """The scene with `old` taken out and `new` put in."""
         return replace(self, things=tuple(thing for thing in self.things if thing is not old) + new)
@@ -474,7 +478,7 @@ class Inventor:
         ground = scene.ground if self._chance(0.8) else None
         text = f"{text} on a {ground} ground" if ground else text
         text = self._pick(("draw {}", "{}", "a picture of {}", "please draw {}")).format(text)
-        return Wish(text, things, tuple(told), relation, ground), scene
+        return Wish(text, things, tuple(told), relation, ground), scene.centred()
 
     # ---- questions
 
@@ -527,7 +531,7 @@ class Inventor:
         scene, thing, _ = self.scene(False)
         place = self._pick([place for place in PLACES if place not in [one.place for one in scene.things]])
         text = self._pick(("move the {} to the {}", "put the {} to the {}"))
-        return self._swap(text.format(thing.shape, place), scene, thing, replace(thing, place=place))
+        return self._swap(text.format(thing.shape, place), scene, thing, replace(thing, place=place, offset=(0, 0)))
 
     def _edit_remove(self) -> Task | None:
         scene, thing, _ = self.scene(self.held_out, fewest=2)
@@ -535,10 +539,11 @@ class Inventor:
         return self._finish(text.format(thing.shape), scene, scene.swap(thing), (thing,), ())
 
     def _edit_add(self) -> Task | None:
-        result, thing, other = self.scene(self.held_out, fewest=2)
+        scene, drawn, _ = self.scene(self.held_out, fewest=2)
+        thing = replace(drawn, offset=(0, 0))
         told = ("colour", "shape", "place", *(("size",) if self._chance(0.8) else ()))
         text = self._pick(("add {}", "put {}")).format(_name(thing, told))
-        return self._finish(text, Scene(result.ground, (other,)), result, (thing,), (thing, told))
+        return self._finish(text, scene.swap(drawn), scene.swap(drawn, thing), (thing,), (thing, told))
 
     def _swap(self, text: str, scene: Scene, old: Thing, new: Thing) -> Task | None:
         if is_held_out(new.triple) != self.held_out:

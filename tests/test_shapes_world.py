@@ -185,6 +185,28 @@ def test_edit_changes_nothing_but_what_it_says():
     assert psnr_outside(spoiled, render(task.start), task.changed) < 24
 
 
+def test_what_is_made_from_words_is_in_the_middle_of_its_place_and_what_is_shown_is_not():
+    def offsets(scene):
+        return {thing.offset for thing in scene.things}
+
+    inventor = Inventor(np.random.default_rng(3))
+    made, shown, moved, kept = set(), set(), set(), True
+    for _ in range(200):
+        made |= offsets(inventor.draw().result) | offsets(inventor.tell().result)
+        shown |= offsets(inventor.ask().start)
+        edit = inventor.edit()
+        for thing in edit.result.things:
+            before = [one for one in edit.start.things if one.place == thing.place]
+            if before:
+                kept &= thing.offset == before[0].offset
+            else:
+                moved.add(thing.offset)
+    steps = range(-JITTER, JITTER + 1)
+    assert made == moved == {(0, 0)}
+    assert shown == set(itertools.product(steps, steps))
+    assert kept
+
+
 def test_rows_are_conversations_that_follow_from_seed_and_index():
     rows = TrainingRows(50, seed=1)
     assert len(rows) == 50 and rows[7] == rows[7] != rows[8]
