@@ -105,7 +105,7 @@ def share(outcomes: Sequence[Outcome], field: str = "right") -> float:
 
 def evaluate(model: Any, processor: Any, number: int, batch_size: int = 50, **options) -> dict[str, list[Outcome]]:
     """
-    `number` held-out tasks of every kind, and the drawings once more without guidance.
+    `number` held-out tasks of every kind, drawings and edits once more without guidance.
 
     Args:
         options: arguments of `generate` for pictures.
@@ -115,9 +115,10 @@ def evaluate(model: Any, processor: Any, number: int, batch_size: int = 50, **op
     unguided = options | {"cfg_text_scale": 1.0, "cfg_img_scale": 1.0}
     return {
         "drawings": run(draw, drawing, batch_size, "drawings", **common, **options),
-        "drawings, no guidance": run(draw, drawing, batch_size, "no guidance", **common, **unguided),
+        "drawings, no guidance": run(draw, drawing, batch_size, "drawings, no guidance", **common, **unguided),
         "answers": run(answer, asking, batch_size, "answers", **common),
         "edits": run(draw, editing, batch_size, "edits", **common, **options),
+        "edits, no guidance": run(draw, editing, batch_size, "edits, no guidance", **common, **unguided),
     }
 
 
