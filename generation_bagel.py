@@ -105,9 +105,10 @@ class DrawingOptions:
 
 
 DRAWING_ARGUMENTS = tuple(field.name for field in fields(DrawingOptions))
-STORED_ARGUMENTS = (  # those that a generation config may hold
-    *("num_timesteps", "timestep_shift", "sample_posterior"),
-    *(name for name in DRAWING_ARGUMENTS if name.startswith("cfg_")),
+STORED_ARGUMENTS = tuple(  # those that a generation config may hold
+    name
+    for name in DRAWING_ARGUMENTS
+    if name.startswith("cfg_") or name in ("num_timesteps", "timestep_shift", "sample_posterior")
 )
 
 

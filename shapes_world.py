@@ -76,6 +76,10 @@ class Thing:
         """(row, column) of its place."""
         return divmod(PLACES.index(self.place), 3)
 
+    def centred(self) -> "Thing":
+        """In the middle of its place. Sentences tell no offsets, so what is made from them has none."""
+        return replace(self, offset=(0, 0))
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -92,10 +96,6 @@ class Scene:
     def triples(self) -> tuple[tuple[str, str, str], ...]:
         """(colour, shape, place) of every thing: what the judge is asked for."""
         return tuple(thing.triple for thing in self.things)
-
-    def centred(self) -> "Scene":
-        """Everything in the middle of its place. Sentences tell no offsets, so what is drawn from them has none."""
-        return replace(self, things=tuple(replace(thing, offset=(0, 0)) for thing in self.things))
 
     def swap(self, old: Thing, *new: Thing) -> "Scene":
         """The scene with `old` taken out and `new` put in."""
@@ -478,7 +478,8 @@ class Inventor:
         ground = scene.ground if self._chance(0.8) else None
         text = f"{text} on a {ground} ground" if ground else text
         text = self._pick(("draw {}", "{}", "a picture of {}", "please draw {}")).format(text)
-        return Wish(text, things, tuple(told), relation, ground), scene.centred()
+        drawn = Scene(scene.ground, tuple(thing.centred() for thing in scene.things))
+        return Wish(text, things, tuple(told), relation, ground), drawn
 
     # ---- questions
 
@@ -531,7 +532,7 @@ class Inventor:
         scene, thing, _ = self.scene(False)
         place = self._pick([place for place in PLACES if place not in [one.place for one in scene.things]])
         text = self._pick(("move the {} to the {}", "put the {} to the {}"))
-        return self._swap(text.format(thing.shape, place), scene, thing, replace(thing, place=place, offset=(0, 0)))
+        return self._swap(text.format(thing.shape, place), scene, thing, replace(thing, place=place).centred())
 
     def _edit_remove(self) -> Task | None:
         scene, thing, _ = self.scene(self.held_out, fewest=2)
@@ -540,7 +541,7 @@ class Inventor:
 
     def _edit_add(self) -> Task | None:
         scene, drawn, _ = self.scene(self.held_out, fewest=2)
-        thing = replace(drawn, offset=(0, 0))
+        thing = drawn.centred()
         told = ("colour", "shape", "place", *(("size",) if self._chance(0.8) else ()))
         text = self._pick(("add {}", "put {}")).format(_name(thing, told))
         return self._finish(text, scene.swap(drawn), scene.swap(drawn, thing), (thing,), (thing, told))
