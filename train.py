@@ -137,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     trainer.save_state()
     if trainer.is_world_process_zero():
         run_pictures.plot_losses(trainer.state.log_history, Path(args.output_dir) / training.LOSS_CURVE)
+    trainer.end()
     return 0
 
 

@@ -7,6 +7,7 @@ It knows packs, not where they come from (`data_bagel`), and nothing of a comman
 """
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -505,6 +506,19 @@ class BagelTrainer(Trainer):
                 super().save_model(directory, _internal_call=True)
             if self.args.should_save and _internal_call:
                 torch.save(self.ema.state_dict(), os.path.join(output_dir, EMA_STATE))
+
+    def end(self) -> None:
+        """
+        Leaves the other processes: call it last, when nothing is to be trained, evaluated or saved any more.
+
+        The threads of a gloo group end only with its last user. One that still holds tensors while Python shuts down
+        aborts the process ("terminate called without an active exception") after all its work was done well, so the
+        wrappers that use the group are freed here. Source: pytorch pull request 179291.
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+        gc.collect()  # wrappers for data parallel training refer to themselves
 
     # ---- averaged weights
 

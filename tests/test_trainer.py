@@ -179,6 +179,7 @@ trainer.train()
 if trainer.is_world_process_zero():
     torch.save({"weights": test_trainer.weights(trainer.model), "log": trainer.state.log_history[0]}, folder / "out.pt")
 if transformers.__version__ < "5.23":
+    test_trainer.end_and_look(trainer)
     sys.exit()  # it cannot load an optimizer on several CPU ranks
 trainer = test_trainer.trainer_of_rows(folder / "a", ema_decay=0.9, max_steps=4, save_steps=2, save_strategy="steps")
 trainer.train()
@@ -189,7 +190,22 @@ for one, other in zip(trainer.model.parameters(), again.model.parameters()):
 assert trainer.state.log_history[-2]["loss"] == again.state.log_history[-2]["loss"]
 states = [torch.load(folder / "a" / "checkpoint-2" / f"rng_state_{rank}.pth", weights_only=False) for rank in (0, 1)]
 assert not torch.equal(states[0]["cpu"], states[1]["cpu"]), "the ranks draw the same noise"
+test_trainer.end_and_look(trainer, again)
 """
+
+
+def group_threads() -> int:
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)
+
+
+def end_and_look(*trainers: BagelTrainer) -> None:
+    """A thread of the group that is left when Python shuts down may abort a process that did everything right."""
+    assert torch.distributed.is_initialized()
+    assert group_threads() > 0 or not Path("/proc/self/task").exists()
+    for trainer in trainers:
+        trainer.end()
+    assert not torch.distributed.is_initialized() and group_threads() == 0
 
 
 def run_ranks(code: str, *arguments: str, ranks: int = 2) -> None:
