@@ -7,7 +7,6 @@ It knows packs, not where they come from (`data_bagel`), and nothing of a comman
 """
 
 import contextlib
-import gc
 import json
 import math
 import os
@@ -513,12 +512,10 @@ class BagelTrainer(Trainer):
 
         The threads of a gloo group end only with its last user. One that still holds tensors while Python shuts down
         aborts the process ("terminate called without an active exception") after all its work was done well, so the
-        wrappers that use the group are freed here. Source: pytorch pull request 179291.
+        wrapper that uses the group is let go here. Source: pytorch pull request 179291.
         """
         self.model_wrapped = self.model
-        self.accelerator.free_memory()
         self.accelerator.end_training()
-        gc.collect()  # wrappers for data parallel training refer to themselves
 
     # ---- averaged weights
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: its loss is that of one big batch, its checkpoints are whole or absent, its logs say what happened."""
 
+import gc
 import json
 import math
 import os
@@ -203,6 +204,7 @@ def end_and_look(*trainers: BagelTrainer) -> None:
     """A thread of the group that is left when Python shuts down may abort a process that did everything right."""
     assert torch.distributed.is_initialized()
     assert group_threads() > 0 or not Path("/proc/self/task").exists()
+    gc.disable()  # what is freed is freed by `end`, not by chance
     for trainer in trainers:
         trainer.end()
     assert not torch.distributed.is_initialized() and group_threads() == 0
