@@ -14,29 +14,29 @@ OLDEST := .venv-oldest
 
 .PHONY: demo test eval tiny-shapes check format test-oldest clean
 
-$(VENV)/ready: requirements.txt requirements-train.txt requirements-dev.txt
+$(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-$(OLDEST)/ready: requirements.txt requirements-train.txt requirements-dev.txt
+$(OLDEST)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet $(TORCH) $(OLDEST_TRANSFORMERS)
-	$(OLDEST)/bin/python -m pip install --quiet -r requirements-dev.txt $(OLDEST_TRANSFORMERS)
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[dev]" $(OLDEST_TRANSFORMERS)
 	touch $@
 
 demo: $(VENV)/ready
-	$(VENV)/bin/python demo.py
+	$(VENV)/bin/bagel demo
 
 eval: $(VENV)/ready
-	$(VENV)/bin/python evaluate_shapes.py
+	$(VENV)/bin/bagel eval
 
 tiny-shapes: $(VENV)/ready
-	$(VENV)/bin/python build_tiny_shapes.py start outputs/tiny-shapes/start
+	$(VENV)/bin/python -m bagel.shapes.build start outputs/tiny-shapes/start
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node $(WORKERS) \
-		train.py --config configs/tiny_shapes.yaml --resume_from_checkpoint auto
-	$(VENV)/bin/python build_tiny_shapes.py finish outputs/tiny-shapes/run/ema
+		-m bagel train --config configs/tiny_shapes.yaml --resume_from_checkpoint auto
+	$(VENV)/bin/python -m bagel.shapes.build finish outputs/tiny-shapes/run/ema
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n $(WORKERS)

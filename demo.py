@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """See it work: draws a picture from text, answers a question about one, edits one, and saves a sheet of all three.
 
-    python demo.py [--model DIR] [--image FILE] [--drawing TEXT] [--question TEXT] [--edit TEXT] [--output DIR]
+    bagel demo [--model DIR] [--image FILE] [--drawing TEXT] [--question TEXT] [--edit TEXT] [--output DIR]
 
 A script over the public API only: everything here is what a user would type.
 """
@@ -81,16 +81,16 @@ def contact_sheet(rows: list[tuple[str, Image.Image | None, Image.Image | str]],
     return sheet
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=EMBEDDED)
     parser.add_argument("--image", type=Path, help="to ask about and to edit; by default the picture just drawn")
     parser.add_argument("--drawing", help="what to draw")
     parser.add_argument("--question", help="what to ask about the picture")
     parser.add_argument("--edit", help="what to change in it")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "outputs" / "demo")
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--num-timesteps", type=int, default=50, help="knots of the sampler (49 steps by default)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     logging.set_verbosity_error()
     defaults = SHAPES if arguments.model.resolve() == EMBEDDED else ANYTHING
     chosen = {name: getattr(arguments, name) or default for name, default in defaults.items()}

@@ -9,6 +9,7 @@ Axes: (batch, length, hidden_size); a training pack is a batch of one row. `und`
 tokens), `gen` = generation expert (VAE latents, parameter suffix `_moe_gen`). t = 1 is noise, t = 0 the picture.
 """
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,7 +26,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 from transformers.utils import ModelOutput, can_return_tuple, is_torchvision_available, logging
 
 from .attention_bagel import AttentionPlan, BagelAttention, plan_attention
-from .backbones_bagel import from_backbones
 from .checkpoint_bagel import (
     check_checkpoint,
     ids_outside,
@@ -385,38 +385,16 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelPreTrainedModel, BagelGe
         return (model, info) if want_info else model
 
     @classmethod
-    def from_backbones(
-        cls, text_model, vision_model=None, vae=None, config=None, *, tokenizer=None, dtype="auto", **kwargs
-    ) -> "BagelForUnifiedMultimodal":
-        """
-        A new model of pretrained parts, as the released one was begun. Both experts start as the text model (released
-        `copy_init_moe`); connector, latent and timestep embeddings and the (zero) velocity head are new, drawn from
-        torch's global generator. A part that is a folder is read tensor by tensor; a loaded one is copied.
-
-        With `qk_norm` (the default, as released) queries and keys are normalised by norms that Qwen2 does not have and
-        that start at one, so texts differ from the text model's until it is trained;
-        `text_config={"qk_norm": False}` keeps the text model exactly.
-
-        Args:
-            text_model: `Qwen2ForCausalLM` (Qwen2, Qwen2.5), as a folder, a name on the Hub, or loaded.
-            vision_model: `SiglipVisionModel` or `SiglipModel`, likewise; `None` builds a model that reads no pictures.
-                The layers above `vit_select_layer` and the head stay behind. Its position table is interpolated if
-                `vit_max_num_patch_per_side` asks for another size.
-            vae: `diffusers.AutoencoderKL`, likewise ("owner/name/subfolder" on the Hub), or the released
-                `ae.safetensors`; `None` builds a model that draws no pictures (stage 1, no generation expert).
-            config: a `BagelConfig`, or a folder with one; by default it follows the parts.
-            tokenizer: the text model's. Special tokens of BAGEL that it lacks are added to it (save it with the model),
-                the config gets its ids, and the vocabulary grows if it must. Qwen2.5 needs no change.
-            dtype: of all but the VAE, which stays float32; "auto" is the text model's.
-            kwargs: overrides of config fields (`stage`, `max_latent_size`, `tie_word_embeddings=False`, ...), and
-                `device_map`, `max_memory`, `offload_folder`, `attn_implementation`.
-
-        Raises:
-            OSError: a part cannot be found or read.
-            ValueError: a part is of another kind, or the parts do not make the model that the config describes.
-            TypeError: an unknown argument.
-        """
-        return from_backbones(cls, text_model, vision_model, vae, config, tokenizer=tokenizer, dtype=dtype, **kwargs)
+    def from_backbones(cls, *parts, **options) -> "BagelForUnifiedMultimodal":
+        """A new model of pretrained parts, see `bagel.conversion.from_backbones`, which has to be installed."""
+        try:
+            conversion = importlib.import_module("bagel.conversion")
+        except ImportError as error:
+            raise ImportError(
+                "Building a model from parts is not shipped with models: `pip install bagel-transformers`, or install "
+                "a checkout with `pip install -e .`."
+            ) from error
+        return conversion.from_backbones(cls, *parts, **options)
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """

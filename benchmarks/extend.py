@@ -20,13 +20,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModel, AutoProcessor, logging
 
+from bagel.embeddings_bagel import BagelGridPositionEmbedding
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-from convert_bagel import import_sibling  # noqa: E402
 
 
-embeddings = import_sibling("embeddings_bagel")
 PROMPTS = (
     "draw a large red circle at the left on a white ground",
     "draw a large blue star at the top right on a black ground",
@@ -39,7 +38,7 @@ def set_table(model, side: int, interpolate_pos: bool | str) -> None:
     Give the model a latent position table of another side: what it has of it, continued by the formula of the table.
     """
     old, known = model.latent_pos_embed, model.config.max_latent_size
-    new = embeddings.BagelGridPositionEmbedding(side, old.hidden_size).to(old.pos_embed)
+    new = BagelGridPositionEmbedding(side, old.hidden_size).to(old.pos_embed)
     shared = min(side, known)
     corner = old.pos_embed.unflatten(0, (known, known))[:shared, :shared]
     new.pos_embed.unflatten(0, (side, side))[:shared, :shared] = corner

@@ -20,23 +20,23 @@ from pathlib import Path
 
 import torch
 
+from bagel.configuration_bagel import BagelConfig
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-from convert_bagel import import_sibling  # noqa: E402
 
 
 def random_model(tiny: bool, device: str):
     """The 7B shape with random bfloat16 weights, made on the device; or the embedded tiny model."""
-    configuration, modeling = import_sibling("configuration_bagel"), import_sibling("modeling_bagel")
     folder = REPOSITORY / "checkpoints" / "tiny-random" if tiny else REPOSITORY
-    config = configuration.BagelConfig.from_pretrained(folder)
+    config = BagelConfig.from_pretrained(folder)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
     try:
         with torch.device(device):
-            model = modeling.BagelForUnifiedMultimodal(config)
+            model = BagelForUnifiedMultimodal(config)
     finally:
         torch.set_default_dtype(default)
     with torch.no_grad():

@@ -5,15 +5,15 @@
 python benchmarks/memory.py
 """
 
-import sys
 from pathlib import Path
 
 import torch
 
+from bagel.configuration_bagel import BagelConfig
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-from convert_bagel import import_sibling  # noqa: E402
 
 
 GB = 1e9
@@ -22,10 +22,9 @@ BITS = {"bfloat16": 16, "8-bit": 8, "4-bit": 4}
 
 def count_parameters(stage: int) -> dict[str, int]:
     """Elements by how they are kept: the decoder's linear layers (can be quantised), the VAE (float32), the others."""
-    configuration, modeling = import_sibling("configuration_bagel"), import_sibling("modeling_bagel")
-    config = configuration.BagelConfig.from_pretrained(REPOSITORY, stage=stage)
+    config = BagelConfig.from_pretrained(REPOSITORY, stage=stage)
     with torch.device("meta"):
-        model = modeling.BagelForUnifiedMultimodal(config)
+        model = BagelForUnifiedMultimodal(config)
     linear = sum(
         module.weight.numel()
         for layer in model.language_model.model.layers
@@ -44,7 +43,7 @@ def weight_bytes(counts: dict[str, int], bits: int) -> int:
 
 def cache_bytes_per_token() -> int:
     """Keys and values of one token in bfloat16."""
-    config = import_sibling("configuration_bagel").BagelConfig.from_pretrained(REPOSITORY).text_config
+    config = BagelConfig.from_pretrained(REPOSITORY).text_config
     head_dim = config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * 2
 

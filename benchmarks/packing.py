@@ -11,7 +11,6 @@ expected_num_tokens, up to 50 samples that do not fit wait in a buffer.
 """
 
 import argparse
-import sys
 import time
 from collections import Counter
 from io import BytesIO
@@ -20,10 +19,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from bagel import packing_bagel as packing
+from bagel.image_processing_bagel import BagelImageProcessor
+from bagel.processing_bagel import BagelProcessor
+from bagel.shapes.tokenizer import build_tiny_tokenizer
+from bagel.training import data
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-from convert_bagel import import_sibling  # noqa: E402
 
 
 WEIGHTS = {"t2i": 1.0, "editing": 1.0, "vlm": 1.0, "text": 0.5}
@@ -93,10 +96,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    data, packing = import_sibling("data_bagel"), import_sibling("packing_bagel")
-    tokenizer = import_sibling("tokenization_tiny").build_tiny_tokenizer(["word word"])
-    image_processor = import_sibling("image_processing_bagel").BagelImageProcessor()
-    processor = import_sibling("processing_bagel").BagelProcessor(image_processor, tokenizer)
+    tokenizer = build_tiny_tokenizer(["word word"])
+    image_processor = BagelImageProcessor()
+    processor = BagelProcessor(image_processor, tokenizer)
     tokens = {name: getattr(processor, name) for name in packing.PackingRules.__dataclass_fields__ if "token" in name}
     draws = np.random.default_rng(arguments.seed)
     share = {kind: weight / sum(WEIGHTS.values()) for kind, weight in WEIGHTS.items()}

@@ -22,14 +22,14 @@ from matplotlib.figure import SubFigure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MultipleLocator
 
+from bagel import configuration_bagel as configuration
+from bagel import embeddings_bagel as embeddings
+from bagel import layout_bagel as layout
+from bagel import positions_bagel as positions
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-from convert_bagel import import_sibling  # noqa: E402
 
-
-configuration, embeddings = import_sibling("configuration_bagel"), import_sibling("embeddings_bagel")
-layout, positions = import_sibling("layout_bagel"), import_sibling("positions_bagel")
 
 BLACK, ORANGE, BLUE, GREEN, RED, GREY = "#222222", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#DDDDDD"
 TRAINED, FACTOR = 32768, 4.0

@@ -1,6 +1,6 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the flat model repo importable as the package `bagel_repo`, and keeps every test offline."""
+"""Makes this checkout importable as the package `bagel`, installed or not, and keeps every test offline."""
 
 import importlib.util
 import os
@@ -14,15 +14,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REPO = Path(__file__).resolve().parent.parent
 
 
-def _load_repo_as_package():
-    spec = importlib.util.spec_from_loader("bagel_repo", loader=None, is_package=True)
+def _import_this_checkout():
+    spec = importlib.util.spec_from_loader("bagel", loader=None, is_package=True)
     package = importlib.util.module_from_spec(spec)
     package.__path__ = [str(REPO)]
-    sys.modules["bagel_repo"] = package
+    sys.modules["bagel"] = package
     sys.path.insert(0, str(Path(__file__).parent))
 
 
-_load_repo_as_package()
+_import_this_checkout()
 
 import torch  # noqa: E402
 
@@ -43,7 +43,7 @@ def tiny_directory() -> Path:
 
 @pytest.fixture(scope="module")
 def model(tiny_directory):
-    from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
+    from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
     return BagelForUnifiedMultimodal.from_pretrained(tiny_directory).eval()
 

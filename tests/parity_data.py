@@ -24,11 +24,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bagel_repo.checkpoint_bagel import to_module_name, to_module_shape
-from bagel_repo.configuration_bagel import BagelConfig
-from bagel_repo.flow_bagel import patchify_latents
-from bagel_repo.image_processing_bagel import BagelImageProcessor
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.checkpoint_bagel import to_module_name, to_module_shape
+from bagel.configuration_bagel import BagelConfig
+from bagel.flow_bagel import patchify_latents
+from bagel.image_processing_bagel import BagelImageProcessor
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 
 TESTS = Path(__file__).parent

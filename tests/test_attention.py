@@ -32,10 +32,10 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from bagel_repo.attention_bagel import AttentionPlan, BagelAttention, FrozenContext, plan_attention, plan_varlen
-from bagel_repo.embeddings_bagel import grid_position_ids
-from bagel_repo.flow_bagel import unpatchify_latents
-from bagel_repo.layout_bagel import PackedLayout
+from bagel.attention_bagel import AttentionPlan, BagelAttention, FrozenContext, plan_attention, plan_varlen
+from bagel.embeddings_bagel import grid_position_ids
+from bagel.flow_bagel import unpatchify_latents
+from bagel.layout_bagel import PackedLayout
 
 
 pytestmark = pytest.mark.core

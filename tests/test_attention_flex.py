@@ -10,8 +10,8 @@ from tiny_models import attention_kernel, padded_batch, tiny_model, training_pac
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import DynamicCache
 
-from bagel_repo.attention_bagel import FrozenContext, plan_attention
-from bagel_repo.layout_bagel import PackedLayout
+from bagel.attention_bagel import FrozenContext, plan_attention
+from bagel.layout_bagel import PackedLayout
 
 
 pytestmark = pytest.mark.skipif(

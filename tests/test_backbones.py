@@ -26,12 +26,13 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from bagel_repo import backbones_bagel, convert_bagel, modeling_bagel
-from bagel_repo.backbones_bagel import SPECIAL_TOKENS, add_special_tokens, find_files, resize_position_table
-from bagel_repo.checkpoint_bagel import to_released_name, to_released_shape
-from bagel_repo.configuration_bagel import BagelConfig
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
-from bagel_repo.tokenization_tiny import build_tiny_tokenizer
+from bagel import conversion, modeling_bagel
+from bagel.checkpoint_bagel import to_released_name, to_released_shape
+from bagel.configuration_bagel import BagelConfig
+from bagel.conversion import backbones, commands, folders
+from bagel.conversion.backbones import SPECIAL_TOKENS, add_special_tokens, find_files, resize_position_table
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.shapes.tokenizer import build_tiny_tokenizer
 
 
 pytestmark = pytest.mark.core
@@ -126,7 +127,7 @@ def build(parts, **changes):
 
 
 @contextmanager
-def messages(level="WARNING", module=backbones_bagel):
+def messages(level="WARNING", module=backbones):
     """What a module says meanwhile."""
     said, logger = [], module.logger
     handler = __import__("logging").Handler()
@@ -253,8 +254,8 @@ def test_dtype_is_the_text_models_or_the_one_asked_for_and_the_vae_stays_float32
 def test_folders_are_read_one_tensor_at_a_time(stored, monkeypatch):
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
     reads = []
-    read = backbones_bagel._read_tensor
-    monkeypatch.setattr(backbones_bagel, "_read_tensor", lambda file, name: reads.append(name) or read(file, name))
+    read = backbones._read_tensor
+    monkeypatch.setattr(backbones, "_read_tensor", lambda file, name: reads.append(name) or read(file, name))
     model = build(stored)
     assert reads.count("model.layers.0.mlp.up_proj.weight") == 2, "once per expert"
     assert reads.count("model.embed_tokens.weight") == 1
@@ -418,8 +419,8 @@ def test_saved_is_loaded_and_exported_is_adopted(stored, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     loaded = AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     torch.testing.assert_close(loaded(**batch).logits, expected)
-    convert_bagel.export(tmp_path / "saved", tmp_path / "released")
-    convert_bagel.adopt(tmp_path / "released")
+    conversion.export(tmp_path / "saved", tmp_path / "released")
+    conversion.adopt(tmp_path / "released")
     adopted = BagelForUnifiedMultimodal.from_pretrained(tmp_path / "released")
     torch.testing.assert_close(adopted(**batch).logits, expected)
 
@@ -572,7 +573,7 @@ def test_a_name_on_the_hub_is_fetched_with_what_lies_inside(stored, monkeypatch,
         asked.append((repository, allow_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr(backbones_bagel, "snapshot_download", fetch)
+    monkeypatch.setattr(backbones, "snapshot_download", fetch)
     assert find_files("owner/name") == tmp_path
     assert find_files("owner/name/vae") == tmp_path / "vae"
     assert find_files("owner/name/ae.safetensors") == tmp_path / "ae.safetensors"
@@ -605,7 +606,7 @@ def test_a_tokenizer_without_special_tokens_gets_them_and_the_vocabulary_grows(s
     assert model.generation_config.eos_token_id == model.config.eos_token_id
     assert tokenizer.decode([3, *range(96, 102)], skip_special_tokens=True).strip() == "w3"
     torch.testing.assert_close(model(input_ids=WORDS).logits[..., :99], loaded.text(WORDS).logits)
-    convert_bagel.new_processor(model.config, tokenizer)  # refuses a tokenizer that lacks one
+    folders.new_processor(model.config, tokenizer)  # refuses a tokenizer that lacks one
 
 
 def test_a_tokenizer_of_the_released_kind_stays_as_it_is():
@@ -631,7 +632,7 @@ def test_the_script_writes_a_folder_to_start_training_from(stored, tmp_path, cap
     tokenizer.save_pretrained(text)
     command = ["build", str(tmp_path / "bagel"), "--text-model", str(text), "--vision-model", str(stored.vision)]
     command += ["--vae", str(stored.vae), "--set", "max_latent_size=8"]
-    assert convert_bagel.main(command) == 0
+    assert commands.main(command) == 0
     assert "model.safetensors" in capsys.readouterr().out
     model = AutoModel.from_pretrained(tmp_path / "bagel", trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(tmp_path / "bagel", trust_remote_code=True)
@@ -650,9 +651,9 @@ def test_the_script_writes_a_folder_to_start_training_from(stored, tmp_path, cap
     )
     drawn = model.generate(**inputs, generation_mode="image", num_timesteps=3, progress_bar=False)[0]
     assert max(drawn.size) <= 8 * model.config.latent_downsample
-    assert convert_bagel.main(command) == 1
+    assert commands.main(command) == 1
     assert "not an empty directory" in capsys.readouterr().err
-    assert convert_bagel.main(["build", str(tmp_path / "x"), "--text-model", str(text), "--set", "stage:1"]) == 1
+    assert commands.main(["build", str(tmp_path / "x"), "--text-model", str(text), "--set", "stage:1"]) == 1
     assert "NAME=JSON" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
@@ -737,8 +738,8 @@ def test_a_resized_model_is_saved_loaded_exported_and_adopted(stored, tmp_path):
     expected = model(input_ids=WORDS).logits
     assert expected.shape[-1] == 104
     model.save_pretrained(tmp_path / "saved")
-    convert_bagel.export(tmp_path / "saved", tmp_path / "released")
-    convert_bagel.adopt(tmp_path / "released")
+    conversion.export(tmp_path / "saved", tmp_path / "released")
+    conversion.adopt(tmp_path / "released")
     for folder in ("saved", "released"):
         loaded = BagelForUnifiedMultimodal.from_pretrained(tmp_path / folder)
         assert loaded.config.text_config.vocab_size == 104

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 
 pytestmark = pytest.mark.core
@@ -193,7 +193,7 @@ def test_beams_in_interleaved_mode(model, edit):
 
 
 def test_image_guidance_without_text_guidance_warns_once(model, edit, caplog):
-    from bagel_repo import generation_bagel
+    from bagel import generation_bagel
 
     generation_bagel.logger.warning_once.cache_clear()
     with caplog.at_level("WARNING"):

@@ -21,7 +21,7 @@ from tiny_checkpoint import (
     write_released_folder,
 )
 
-from bagel_repo.checkpoint_bagel import (
+from bagel.checkpoint_bagel import (
     check_checkpoint,
     checkpoint_files,
     expected_tensors,
@@ -34,9 +34,9 @@ from bagel_repo.checkpoint_bagel import (
     to_released_shape,
     vae_names,
 )
-from bagel_repo.configuration_bagel import BagelConfig, BagelVAEConfig
-from bagel_repo.convert_bagel import adopt
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal, build_vae
+from bagel.configuration_bagel import BagelConfig, BagelVAEConfig
+from bagel.conversion import adopt
+from bagel.modeling_bagel import BagelForUnifiedMultimodal, build_vae
 
 
 MANIFEST = Path(__file__).parents[2] / "shared" / "released_manifest.json"

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tiny_models import tiny_config
 from transformers import Qwen2Config, SiglipVisionConfig
 
-from bagel_repo.configuration_bagel import AUTO_MAP, BagelConfig, BagelTextConfig, BagelVAEConfig, BagelVisionConfig
+from bagel.configuration_bagel import AUTO_MAP, BagelConfig, BagelTextConfig, BagelVAEConfig, BagelVisionConfig
 
 
 pytestmark = pytest.mark.core
@@ -307,7 +307,7 @@ def test_saved_file_names_every_auto_class(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
     for name in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoProcessor"):
         module, attribute = AUTO_MAP[name].split(".")
-        assert hasattr(importlib.import_module(f"bagel_repo.{module}"), attribute)
+        assert hasattr(importlib.import_module(f"bagel.{module}"), attribute)
 
 
 def test_auto_classes_of_the_user_are_kept():

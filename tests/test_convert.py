@@ -25,12 +25,12 @@ from tiny_checkpoint import (
 )
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from bagel_repo import convert_bagel
-from bagel_repo.checkpoint_bagel import read_header
-from bagel_repo.configuration_bagel import AUTO_MAP, BagelConfig
-from bagel_repo.convert_bagel import RUNTIME_FILES, adopt, export
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
-from bagel_repo.tokenization_tiny import SPECIAL_TOKENS, build_tiny_tokenizer
+from bagel.checkpoint_bagel import read_header
+from bagel.configuration_bagel import AUTO_MAP, BagelConfig
+from bagel.conversion import adopt, adopting, commands, export, exporting, folders
+from bagel.conversion.folders import RUNTIME_FILES
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.shapes.tokenizer import SPECIAL_TOKENS, build_tiny_tokenizer
 
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity" / "checkpoint"
@@ -144,7 +144,7 @@ def test_adopted_folder_has_a_processor_when_it_has_a_tokenizer(with_tokenizer):
 
 
 def test_released_settings_of_the_image_processor_are_the_defaults():
-    files = convert_bagel._processor_files(BagelConfig(stage=2))
+    files = adopting._processor_files(BagelConfig(stage=2))
     settings = json.loads(files["processor_config.json"])["image_processor"]
     assert settings["size"] == {"shortest_edge": 224, "longest_edge": 980}
     assert settings["latent_size"] == {"shortest_edge": 512, "longest_edge": 1024}
@@ -367,7 +367,7 @@ def test_failing_to_write_leaves_the_folder_as_it_was(folder, monkeypatch, fails
             raise OSError("no space left on device")
         replace(*args)
 
-    monkeypatch.setattr(convert_bagel.os, "replace", failing_replace)
+    monkeypatch.setattr(folders.os, "replace", failing_replace)
     assert "no space left" in refused(folder, OSError)
 
 
@@ -395,8 +395,8 @@ def test_script_adopts_and_says_what_to_type_next(with_tokenizer, repo, tmp_path
 
 
 def test_script_reports_errors_in_one_line(tmp_path, capsys):
-    assert convert_bagel.main(["adopt", str(tmp_path / "nowhere")]) == 1
-    assert convert_bagel.main(["export", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
+    assert commands.main(["adopt", str(tmp_path / "nowhere")]) == 1
+    assert commands.main(["export", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("error: ") and "nowhere" in line for line in lines)
 
@@ -516,7 +516,7 @@ def test_quantised_model_is_not_exported(tmp_path):
 def test_export_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
     adopt(folder)
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(convert_bagel, "_copy_tensors", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(exporting, "_copy_tensors", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         export(folder, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["BAGEL", "out"] and not any(
@@ -526,8 +526,8 @@ def test_export_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
 
 def test_export_checks_the_room_first(folder, tmp_path, monkeypatch):
     adopt(folder)
-    usage = convert_bagel.shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr(convert_bagel.shutil, "disk_usage", lambda path: usage)
+    usage = folders.shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="no room"):
         export(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["BAGEL"]

@@ -17,8 +17,12 @@ from parity_data import cases
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from bagel_repo.conversations_bagel import ConversationPlanner, picture_size
-from bagel_repo.data_bagel import (
+from bagel.conversations_bagel import ConversationPlanner, picture_size
+from bagel.image_processing_bagel import BagelImageProcessor
+from bagel.packing_bagel import PackCollator, PackingRules, SamplePlan, draw_sample, pack
+from bagel.processing_bagel import BagelProcessor
+from bagel.shapes.tokenizer import build_tiny_tokenizer
+from bagel.training.data import (
     Budget,
     ConversationCollator,
     DataSource,
@@ -30,10 +34,6 @@ from bagel_repo.data_bagel import (
     vlm_conversation,
     vlm_jsonl,
 )
-from bagel_repo.image_processing_bagel import BagelImageProcessor
-from bagel_repo.packing_bagel import PackCollator, PackingRules, SamplePlan, draw_sample, pack
-from bagel_repo.processing_bagel import BagelProcessor
-from bagel_repo.tokenization_tiny import build_tiny_tokenizer
 
 
 pytestmark = pytest.mark.core
@@ -242,7 +242,7 @@ def test_what_is_trained_sees_the_context_that_generation_builds(spans: list[str
     for number, pixels, (height, width) in zip(clean, inputs["latent_pixel_values"], inputs["latent_image_sizes"]):
         assert torch.equal(made["padded_images"][number][:, :height, :width], pixels[:, :height, :width])
 
-    from bagel_repo.layout_bagel import ImagePlaces
+    from bagel.layout_bagel import ImagePlaces
 
     special = (PROCESSOR.image_token_id, PROCESSOR.latent_token_id, SEE, RULES.vision_end_token_id)
     positions = ImagePlaces.of(prompt[None], *special).positions(torch.ones_like(prompt)[None])[0]
@@ -536,7 +536,7 @@ def test_planning_decodes_nothing(monkeypatch):
         raise AssertionError("decoded")
 
     monkeypatch.setattr(BagelImageProcessor, "preprocess", refuse)
-    monkeypatch.setattr("bagel_repo.conversations_bagel.load_image", refuse)
+    monkeypatch.setattr("bagel.conversations_bagel.load_image", refuse)
     assert sum(len(planned.samples) for planned in dataset(mixed_rows(20)).plan()) == 20
 
 
@@ -1039,7 +1039,7 @@ def test_a_bad_row_is_skipped_with_its_id_and_the_reason(name: str, monkeypatch)
     row, reason = BAD_ROWS[name]
     rows = [conversation("a: first"), dict(row, id="bad"), conversation("a: last")]
     messages = []
-    monkeypatch.setattr("bagel_repo.data_bagel.logger.warning", messages.append)
+    monkeypatch.setattr("bagel.training.data.logger.warning", messages.append)
     rules = PackingRules.of(RULES, max_latent_size=4) if name == "too large" else RULES
     packs = list(dataset(rows, report=True, rules=rules))
     assert sorted(all_ids(packs)) == ["rows:0", "rows:2"]

@@ -8,14 +8,14 @@ import pytest
 import torch
 from tiny_models import fresh_tiny_model, tiny_config, tiny_model
 
-from bagel_repo.embeddings_bagel import (
+from bagel.embeddings_bagel import (
     BagelGridPositionEmbedding,
     BagelTimestepEmbedding,
     RotaryEmbedding2D,
     _timestep_features,
     grid_position_ids,
 )
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 
 pytestmark = pytest.mark.core

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from bagel_repo.flow_bagel import (
+from bagel.flow_bagel import (
     RENORM_TYPES,
     guide,
     guided_steps,

@@ -146,7 +146,7 @@ def test_each_row_stops_at_its_own_end(model, processor, questions):
 
 
 def test_pad_id_outside_the_vocabulary_is_never_looked_up(tiny_directory, processor, questions):
-    from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
+    from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
     model = BagelForUnifiedMultimodal.from_pretrained(tiny_directory, pad_token_id=151643).eval()
     assert model.generation_config.pad_token_id == 151643

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # older top levels ask for torchvision
 
-from bagel_repo.image_processing_bagel import (
+from bagel.image_processing_bagel import (
     BagelImageProcessor,
     image_to_tensor,
     load_image,
@@ -413,7 +413,7 @@ def test_wrong_calls_are_refused():
 
 def test_unknown_settings_are_said(monkeypatch):
     warnings = []
-    monkeypatch.setattr("bagel_repo.image_processing_bagel.logger.warning", warnings.append)
+    monkeypatch.setattr("bagel.image_processing_bagel.logger.warning", warnings.append)
     BagelImageProcessor(latentsize=3, image_processor_type="BagelImageProcessor")
     assert len(warnings) == 1 and warnings[0].startswith("BagelImageProcessor has no setting latentsize; it has size,")
 

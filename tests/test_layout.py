@@ -10,7 +10,7 @@ from tiny_models import IMAGE, LATENT, VISION_END, VISION_START, nested_masks, p
 from torch import nn
 from torch.nn.attention.flex_attention import create_mask
 
-from bagel_repo.layout_bagel import ImagePlaces, PackedLayout, Routing, check_cover
+from bagel.layout_bagel import ImagePlaces, PackedLayout, Routing, check_cover
 
 
 pytestmark = pytest.mark.core

@@ -25,11 +25,11 @@ from transformers import AutoModel, QuantoConfig, Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_imports
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from bagel_repo.checkpoint_bagel import decoder_only
-from bagel_repo.configuration_bagel import BagelConfig
-from bagel_repo.convert_bagel import export
-from bagel_repo.lora_bagel import check_adapter, lora_targets
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.checkpoint_bagel import decoder_only
+from bagel.configuration_bagel import BagelConfig
+from bagel.conversion import export
+from bagel.lora_bagel import check_adapter, lora_targets
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 
 peft = pytest.importorskip("peft")
@@ -586,7 +586,7 @@ def test_joint_adapter_reads_in_stage_1_but_one_of_gen_alone_is_refused(stored):
 
 def test_adapter_of_a_base_of_another_name_gets_a_warning(stored, monkeypatch):
     warnings = []
-    monkeypatch.setattr("bagel_repo.lora_bagel.logger.warning", warnings.append)
+    monkeypatch.setattr("bagel.lora_bagel.logger.warning", warnings.append)
     model, config = fresh_tiny_model(), peft.PeftConfig.from_pretrained(str(stored / "itself"))
     tensors = load_file(stored / "itself" / "adapter_model.safetensors")
     for made_for, name, warned in [

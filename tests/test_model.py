@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from bagel_repo.configuration_bagel import BagelConfig
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.configuration_bagel import BagelConfig
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 
 pytestmark = pytest.mark.core

@@ -12,8 +12,8 @@ import torch
 from parity_data import Case, cases
 from tiny_models import BOS, EOS, VISION_END, VISION_START, tiny_model
 
-from bagel_repo.layout_bagel import PackedLayout
-from bagel_repo.packing_bagel import (
+from bagel.layout_bagel import PackedLayout
+from bagel.packing_bagel import (
     CLEAN,
     PackCollator,
     PackingRules,

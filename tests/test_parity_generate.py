@@ -24,9 +24,9 @@ from parity_data import (
     sets,
 )
 
-from bagel_repo.flow_bagel import guide, guided_steps, patchify_latents, timestep_grid, unpatchify_latents
-from bagel_repo.generation_bagel import Conversation, DrawingContext, DrawingContexts, DrawingOptions
-from bagel_repo.layout_bagel import PackedLayout
+from bagel.flow_bagel import guide, guided_steps, patchify_latents, timestep_grid, unpatchify_latents
+from bagel.generation_bagel import Conversation, DrawingContext, DrawingContexts, DrawingOptions
+from bagel.layout_bagel import PackedLayout
 
 
 def is_answer(facts: dict) -> bool:

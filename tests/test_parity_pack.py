@@ -11,9 +11,9 @@ import pytest
 import torch
 from parity_data import Case, assert_close, cases
 
-from bagel_repo.embeddings_bagel import grid_position_ids
-from bagel_repo.image_processing_bagel import patchify
-from bagel_repo.layout_bagel import PackedLayout
+from bagel.embeddings_bagel import grid_position_ids
+from bagel.image_processing_bagel import patchify
+from bagel.layout_bagel import PackedLayout
 
 
 PACKS = cases("pack")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from parity_data import Case, Replay, assert_close, cases
 
-from bagel_repo.flow_bagel import training_timesteps, unpatchify_latents
-from bagel_repo.layout_bagel import PackedLayout
+from bagel.flow_bagel import training_timesteps, unpatchify_latents
+from bagel.layout_bagel import PackedLayout
 
 
 TRAINING = cases("train_forward")

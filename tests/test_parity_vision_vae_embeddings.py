@@ -6,9 +6,9 @@ import pytest
 import torch
 from parity_data import Case, ParitySet, assert_close, cases, drawn_noise, sets
 
-from bagel_repo.configuration_bagel import BagelConfig
-from bagel_repo.embeddings_bagel import _build_2d_sincos_pos_embed, _timestep_features, grid_position_ids
-from bagel_repo.flow_bagel import patchify_latents, unpatchify_latents
+from bagel.configuration_bagel import BagelConfig
+from bagel.embeddings_bagel import _build_2d_sincos_pos_embed, _timestep_features, grid_position_ids
+from bagel.flow_bagel import patchify_latents, unpatchify_latents
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -31,21 +31,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from bagel_repo.configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
-from bagel_repo.convert_bagel import adopt, export
-from bagel_repo.embeddings_bagel import (
+from bagel.configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
+from bagel.conversion import adopt, export
+from bagel.embeddings_bagel import (
     BagelGridPositionEmbedding,
     BagelTextRotaryEmbedding,
     grid_position_ids,
     read_table,
 )
-from bagel_repo.flow_bagel import patchify_latents, unpatchify_latents
-from bagel_repo.generation_bagel import DrawingOptions
-from bagel_repo.layout_bagel import ImagePlaces, PackedLayout
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
-from bagel_repo.modeling_siglip_navit import SiglipVisionModel
-from bagel_repo.packing_bagel import PackingRules, SamplePlan, SequenceItem, pack_samples
-from bagel_repo.positions_bagel import (
+from bagel.flow_bagel import patchify_latents, unpatchify_latents
+from bagel.generation_bagel import DrawingOptions
+from bagel.layout_bagel import ImagePlaces, PackedLayout
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.modeling_siglip_navit import SiglipVisionModel
+from bagel.packing_bagel import PackingRules, SamplePlan, SequenceItem, pack_samples
+from bagel.positions_bagel import (
     Gemma4PartialRotaryEmbedding,
     LlamaVisionRotaryEmbedding,
     PartialRotaryEmbedding,

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
-from bagel_repo.positions_bagel import (
+from bagel.positions_bagel import (
     Embed,
     Gemma4PartialRotaryEmbedding,
     LLaMARotaryEmbedding,

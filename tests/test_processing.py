@@ -14,9 +14,9 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Qwen2TokenizerFast
 from transformers.processing_utils import TextKwargs
 
-from bagel_repo.image_processing_bagel import BagelImageProcessor
-from bagel_repo.processing_bagel import ANSWER_SYSTEM_PROMPT, IMAGE_SYSTEM_PROMPT, BagelProcessor
-from bagel_repo.tokenization_tiny import SPECIAL_TOKENS, build_tiny_tokenizer
+from bagel.image_processing_bagel import BagelImageProcessor
+from bagel.processing_bagel import ANSWER_SYSTEM_PROMPT, IMAGE_SYSTEM_PROMPT, BagelProcessor
+from bagel.shapes.tokenizer import SPECIAL_TOKENS, build_tiny_tokenizer
 
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity"

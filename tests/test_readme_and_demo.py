@@ -39,14 +39,6 @@ def test_memory_table_of_the_readme_is_what_the_script_computes(repo):
     assert stated == printed
 
 
-def test_files_of_the_readme_exist(repo):
-    tree = re.search(r"^## Files\n\n```\n(.*?)^```", (repo / "README.md").read_text(), flags=re.M | re.S)[1]
-    names = [line.split()[0] for line in tree.splitlines() if line.strip()]
-    assert [name for name in names if not (repo / name).exists()] == []
-    sources = {file.name for file in repo.glob("*.py")} - {"tokenization_tiny.py"}
-    assert sources <= set(names)
-
-
 def test_readme_front_matter_names_license_library_and_task(repo):
     front = (repo / "README.md").read_text().split("---")[1]
     for line in ("license: apache-2.0", "library_name: transformers", "pipeline_tag: any-to-any", "base_model: "):

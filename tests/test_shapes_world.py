@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from bagel_repo.shapes_world import (
+from bagel.shapes.world import (
     COLOURS,
     FARTHEST,
     GROUNDS,

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from bagel_repo import build_tiny_shapes, demo
-from bagel_repo.evaluate_shapes import answer, draw, prepare, share
-from bagel_repo.shapes_world import (
+from bagel import demo
+from bagel.evaluation.shapes import answer, draw, prepare, share
+from bagel.shapes import build as build_tiny_shapes
+from bagel.shapes.world import (
     COLOURS,
     OPENING,
     PLACES,

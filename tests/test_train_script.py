@@ -24,9 +24,8 @@ pytestmark = pytest.mark.core
 REPO = Path(__file__).resolve().parents[1]
 TINY = REPO / "checkpoints" / "tiny-random"
 CONFIGS = sorted(file.name for file in (REPO / "configs").glob("*.yaml"))
-sys.path.insert(0, str(REPO))
 
-import train  # noqa: E402
+from bagel.training import script as train  # noqa: E402
 
 
 def rows(count: int = 12) -> list[dict]:
@@ -104,7 +103,7 @@ def test_wrong_settings_are_named(tmp_path, changes, arguments, message, capsys)
     with pytest.raises(ValueError, match=message):
         train.parse(["--config", write_config(tmp_path, **changes), *arguments])
     assert train.main(["--config", write_config(tmp_path, **changes), *arguments]) == 2
-    assert capsys.readouterr().err.startswith("train.py: error: ")
+    assert capsys.readouterr().err.startswith("bagel train: error: ")
 
 
 def test_checkpoints_of_another_run_are_not_mixed_with_new_ones(tmp_path, capsys):
@@ -216,7 +215,7 @@ def test_every_config_runs_downscaled(tmp_path, name):
     arguments = dict(SMALL)
     if "lora" in name:
         pytest.importorskip("peft")
-        pytest.importorskip("bagel_repo.lora_bagel")
+        pytest.importorskip("bagel.lora_bagel")
     if name == "qlora.yaml":
         pytest.importorskip("bitsandbytes")
         arguments["optim"] = "adamw_torch"
@@ -241,11 +240,12 @@ def questions(count: int) -> list[dict]:
 
 KILLED = """
 import os, signal, sys
-sys.path[:0] = sys.argv[1:3]
-import conftest, train
+sys.path[:0] = sys.argv[1:2]
+import conftest
 import torch
+from bagel.training import script as train
 
-when, count, save = sys.argv[3], [0], torch.save
+when, count, save = sys.argv[2], [0], torch.save
 
 def dying_save(*arguments, **settings):  # called several times per checkpoint: it dies in the middle of the third
     count[0] += "optimizer.pt" in str(arguments[1])
@@ -265,7 +265,7 @@ def dying_step(self, *arguments, **settings):
     return step(self, *arguments, **settings)
 
 trainer.training_step = dying_step
-train.main(sys.argv[4:])
+train.main(sys.argv[3:])
 """
 LONG = {"max_steps": 8, "logging_steps": 3, "save_steps": 2, "ema_decay": 0.9, "gradient_accumulation_steps": 2}
 
@@ -281,7 +281,7 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path, never_killed, when, l
     history, finished = never_killed
     output = tmp_path / "out"
     arguments = ["--config", write_config(tmp_path, **LONG), "--output_dir", str(output)]
-    folders = [str(Path(__file__).parent), str(REPO)]
+    folders = [str(Path(__file__).parent)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", KILLED, *folders, when, *arguments]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -312,7 +312,7 @@ def test_a_run_with_workers_is_the_same_and_resumes_exactly(tmp_path, never_kill
 
 def test_adapters_are_trained_alone_and_resume_exactly(tmp_path):
     pytest.importorskip("peft")
-    pytest.importorskip("bagel_repo.lora_bagel")
+    pytest.importorskip("bagel.lora_bagel")
     settings = LONG | {"lora_experts": "gen", "lora_r": 4, "modules_to_save": ["llm2vae"], "max_steps": 4}
     history = run(tmp_path, **settings)
     weights = [load_file(tmp_path / "out" / "adapter_model.safetensors")]

@@ -18,13 +18,13 @@ from tiny_models import fresh_tiny_model, join_packs, pad_rows, random_row, samp
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
-from bagel_repo.data_bagel import ConversationCollator, DataSource, PackedDataset
-from bagel_repo.latent_cache_bagel import LatentCache, picture_key
-from bagel_repo.metering_bagel import Meter, matrices, pack_flops
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
-from bagel_repo.packing_bagel import PackingRules
-from bagel_repo.run_pictures_bagel import contact_sheet, plot_losses, track_picture
-from bagel_repo.trainer_bagel import (
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.packing_bagel import PackingRules
+from bagel.training.data import ConversationCollator, DataSource, PackedDataset
+from bagel.training.latent_cache import LatentCache, picture_key
+from bagel.training.metering import Meter, matrices, pack_flops
+from bagel.training.pictures import contact_sheet, plot_losses, track_picture
+from bagel.training.trainer import (
     BagelTrainer,
     BagelTrainingArguments,
     last_complete_checkpoint,

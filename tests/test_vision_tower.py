@@ -11,10 +11,10 @@ import torch
 from tiny_models import randomize, tiny_config, tiny_model
 from torch import nn
 
-from bagel_repo.configuration_bagel import BagelConfig, BagelVisionConfig
-from bagel_repo.embeddings_bagel import grid_position_ids
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
-from bagel_repo.modeling_siglip_navit import SiglipVisionModel, convert_conv2d_to_linear
+from bagel.configuration_bagel import BagelConfig, BagelVisionConfig
+from bagel.embeddings_bagel import grid_position_ids
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.modeling_siglip_navit import SiglipVisionModel, convert_conv2d_to_linear
 
 
 pytestmark = pytest.mark.core

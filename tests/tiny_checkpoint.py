@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from bagel_repo.checkpoint_bagel import to_released_name, to_released_shape
-from bagel_repo.configuration_bagel import BagelConfig
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.checkpoint_bagel import to_released_name, to_released_shape
+from bagel.configuration_bagel import BagelConfig
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 
 VOCAB_SIZE = 272  # a tokenizer without merges needs 263

@@ -18,9 +18,9 @@ from functools import cache
 
 import torch
 
-from bagel_repo.configuration_bagel import BagelConfig
-from bagel_repo.embeddings_bagel import grid_position_ids
-from bagel_repo.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.configuration_bagel import BagelConfig
+from bagel.embeddings_bagel import grid_position_ids
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 
 PAD, BOS, EOS, VISION_START, VISION_END, IMAGE, LATENT = range(7)

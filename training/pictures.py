@@ -56,7 +56,7 @@ def plot_losses(history: Sequence[Mapping[str, float]], file: str | os.PathLike)
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("No loss curve: `pip install matplotlib` (requirements-train.txt).")
+        logger.warning("No loss curve: `pip install matplotlib`.")
         return False
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, 3), ("loss", "ce", "mse")):

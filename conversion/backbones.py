@@ -28,7 +28,7 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils import logging
 
-from .checkpoint_bagel import (
+from ..checkpoint_bagel import (
     VAE_FILE,
     checkpoint_files,
     config_fields,
@@ -40,8 +40,8 @@ from .checkpoint_bagel import (
     to_module_shape,
     vae_facts,
 )
-from .configuration_bagel import SUB_CONFIG_ALIASES, BagelVAEConfig
-from .processing_bagel import BagelProcessor
+from ..configuration_bagel import SUB_CONFIG_ALIASES, BagelVAEConfig
+from ..processing_bagel import BagelProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -128,10 +128,33 @@ def from_backbones(
     **kwargs,
 ) -> nn.Module:
     """
-    See `BagelForUnifiedMultimodal.from_backbones`, which this is.
+    A new model of pretrained parts, as the released one was begun. Both experts start as the text model (released
+    `copy_init_moe`); connector, latent and timestep embeddings and the (zero) velocity head are new, drawn from
+    torch's global generator. A part that is a folder is read tensor by tensor; a loaded one is copied.
+
+    With `qk_norm` (the default, as released) queries and keys are normalised by norms that Qwen2 does not have and
+    that start at one, so texts differ from the text model's until it is trained;
+    `text_config={"qk_norm": False}` keeps the text model exactly.
 
     Args:
-        model_class: the class to make.
+        model_class: the class to make, `BagelForUnifiedMultimodal`.
+        text_model: `Qwen2ForCausalLM` (Qwen2, Qwen2.5), as a folder, a name on the Hub, or loaded.
+        vision_model: `SiglipVisionModel` or `SiglipModel`, likewise; `None` builds a model that reads no pictures.
+            The layers above `vit_select_layer` and the head stay behind. Its position table is interpolated if
+            `vit_max_num_patch_per_side` asks for another size.
+        vae: `diffusers.AutoencoderKL`, likewise ("owner/name/subfolder" on the Hub), or the released
+            `ae.safetensors`; `None` builds a model that draws no pictures (stage 1, no generation expert).
+        config: a `BagelConfig`, or a folder with one; by default it follows the parts.
+        tokenizer: the text model's. Special tokens of BAGEL that it lacks are added to it (save it with the model),
+            the config gets its ids, and the vocabulary grows if it must. Qwen2.5 needs no change.
+        dtype: of all but the VAE, which stays float32; "auto" is the text model's.
+        kwargs: overrides of config fields (`stage`, `max_latent_size`, `tie_word_embeddings=False`, ...), and
+            `device_map`, `max_memory`, `offload_folder`, `attn_implementation`.
+
+    Raises:
+        OSError: a part cannot be found or read.
+        ValueError: a part is of another kind, or the parts do not make the model that the config describes.
+        TypeError: an unknown argument.
     """
     known = {*config_fields(model_class.config_class), *LOADING_KWARGS}
     if unknown := sorted(kwargs.keys() - known):

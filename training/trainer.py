@@ -3,7 +3,7 @@
 """`transformers.Trainer` for training packs: the loss of the whole optimizer step, what is logged of it, checkpoints
 that survive being killed, averaged weights.
 
-It knows packs, not where they come from (`data_bagel`), and nothing of a command line (`train.py`).
+It knows packs, not where they come from (`data.py`), and nothing of a command line (`script.py`).
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from .data_bagel import ConversationCollator, PackedDataset
-from .latent_cache_bagel import LatentCache
-from .metering_bagel import Meter, count_entries, gen_siblings, is_in, matrices, pack_flops
-from .run_pictures_bagel import contact_sheet, track_picture
+from .data import ConversationCollator, PackedDataset
+from .latent_cache import LatentCache
+from .metering import Meter, count_entries, gen_siblings, is_in, matrices, pack_flops
+from .pictures import contact_sheet, track_picture
 
 
 logger = logging.get_logger(__name__)
@@ -195,7 +195,7 @@ class BagelTrainer(Trainer):
         try:
             from torchdata.stateful_dataloader import StatefulDataLoader
         except ImportError as error:
-            raise ImportError("Training on packs needs torchdata: `pip install -r requirements-train.txt`.") from error
+            raise ImportError("Training on packs needs torchdata: `pip install bagel-transformers[train]`.") from error
         args = self.args
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # its own call of torch

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes `checkpoints/tiny-random`: a complete BAGEL with random weights, small enough for git, for demo and tests.
 
-    python build_tiny_checkpoint.py [DIRECTORY]
+    python -m bagel.shapes.tiny_random [DIRECTORY]
 
 Weights are random, so it answers and draws noise; everything else is real: tokenizer, processor, VAE, both experts.
 """
@@ -18,8 +18,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from convert_bagel import REPOSITORY, RUNTIME_FILES, import_sibling
-from tokenization_tiny import build_tiny_tokenizer
+from ..configuration_bagel import BagelConfig
+from ..conversion.folders import REPOSITORY, RUNTIME_FILES
+from ..image_processing_bagel import BagelImageProcessor
+from ..modeling_bagel import BagelForUnifiedMultimodal
+from ..processing_bagel import BagelProcessor
+from .tokenizer import build_tiny_tokenizer
 
 
 GENERATION_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -27,11 +31,9 @@ GENERATION_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 def build(directory: Path, seed: int = 0) -> None:
     """Write model, tokenizer and processor to `directory`."""
-    configuration, modeling = import_sibling("configuration_bagel"), import_sibling("modeling_bagel")
-    processing, images = import_sibling("processing_bagel"), import_sibling("image_processing_bagel")
     tokenizer = build_tiny_tokenizer()
-    processor = processing.BagelProcessor(
-        image_processor=images.BagelImageProcessor(
+    processor = BagelProcessor(
+        image_processor=BagelImageProcessor(
             size={"shortest_edge": 112, "longest_edge": 280}, latent_size={"shortest_edge": 128, "longest_edge": 256}
         ),
         tokenizer=tokenizer,
@@ -39,7 +41,7 @@ def build(directory: Path, seed: int = 0) -> None:
     )
     names = ("bos", "eos", "vision_start", "vision_end", "image", "latent")
     ids = {f"{name}_token_id": getattr(processor, f"{name}_token_id") for name in names}
-    config = configuration.BagelConfig(
+    config = BagelConfig(
         text_config={
             "vocab_size": -(-len(tokenizer) // 64) * 64,
             "hidden_size": 64,
@@ -64,7 +66,7 @@ def build(directory: Path, seed: int = 0) -> None:
         **ids,
     )
     torch.manual_seed(seed)
-    model = modeling.BagelForUnifiedMultimodal(config)
+    model = BagelForUnifiedMultimodal(config)
     with torch.no_grad():
         model.llm2vae.weight.normal_(std=0.1)  # zero in a fresh model, which then would draw its own noise
     model.generation_config = GenerationConfig(**{name: getattr(config, name) for name in GENERATION_IDS})

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .conversations_bagel import ConversationPlanner, Outline
-from .packing_bagel import DrawnSample, Draws, PackCollator, PackingRules, draw_sample, draws_of_torch, pack
+from ..conversations_bagel import ConversationPlanner, Outline
+from ..packing_bagel import DrawnSample, Draws, PackCollator, PackingRules, draw_sample, draws_of_torch, pack
 
 
 logger = logging.get_logger(__name__)
@@ -219,7 +219,7 @@ def _datasets():
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("Streaming data files needs datasets: `pip install -r requirements-train.txt`.") from error
+        raise ImportError("Streaming data files needs datasets: `pip install bagel-transformers[train]`.") from error
     return datasets
 
 

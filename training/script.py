@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains BAGEL from the shell: settings from a YAML file, each of which the command line can override.
 
-    python train.py --config configs/stage2.yaml --model_name_or_path path/to/BAGEL-7B-MoT --output_dir outputs/mine
-    accelerate launch train.py --config configs/lora.yaml --learning_rate 1e-5
+    bagel train --config configs/stage2.yaml --model_name_or_path path/to/BAGEL-7B-MoT --output_dir outputs/mine
+    accelerate launch -m bagel train --config configs/lora.yaml --learning_rate 1e-5
 
-A script over `trainer_bagel` and `data_bagel`; `python train.py --help` lists the arguments, and a file may hold any of
+A script over `trainer.py` and `data.py`; `bagel train --help` lists the arguments, and a file may hold any of
 them by name.
 """
 
@@ -24,13 +24,16 @@ import yaml
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging
 
-from convert_bagel import import_sibling
+from ..lora_bagel import lora_targets
+from ..modeling_bagel import BagelForUnifiedMultimodal
+from ..packing_bagel import PackingRules
+from ..processing_bagel import BagelProcessor
+from . import data
+from . import trainer as training
+from .pictures import plot_losses
 
 
-data, packing, training, run_pictures = (
-    import_sibling(f"{name}_bagel") for name in ("data", "packing", "trainer", "run_pictures")
-)
-logger = logging.get_logger("bagel_repository.train")
+logger = logging.get_logger(__name__)
 
 # On CPUs a kernel is compiled for every new size, and packs have ever new ones: the usual 1,024 are thrown away before
 # they come again. Read at the first use.
@@ -117,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
         model_args, data_args, lora_args, args = parse(sys.argv[1:] if arguments is None else arguments)
         checkpoint = checkpoint_to_resume(args)
     except ValueError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"bagel train: error: {error}", file=sys.stderr)
         return 2
     set_seed(args.seed)
     model, processor = load(model_args)
@@ -136,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        run_pictures.plot_losses(trainer.state.log_history, Path(args.output_dir) / training.LOSS_CURVE)
+        plot_losses(trainer.state.log_history, Path(args.output_dir) / training.LOSS_CURVE)
     trainer.end()
     return 0
 
@@ -176,7 +179,7 @@ def _refuse_unknown(where: str, names: list[str], known: set[str]) -> None:
     if unknown:
         guesses = {name: difflib.get_close_matches(str(name), known, 1) for name in unknown}
         named = [f"{name} (did you mean {guess[0]}?)" if guess else str(name) for name, guess in guesses.items()]
-        raise ValueError(f"{where} holds unknown arguments: {', '.join(named)}. See `python train.py --help`.")
+        raise ValueError(f"{where} holds unknown arguments: {', '.join(named)}. See `bagel train --help`.")
 
 
 def _check_together(model_args: ModelArguments, data_args: DataArguments, lora_args: LoraArguments, args: Any) -> None:
@@ -235,12 +238,10 @@ def load(args: ModelArguments) -> tuple[Any, Any]:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    model_class = import_sibling("modeling_bagel").BagelForUnifiedMultimodal
-    model = model_class.from_pretrained(args.model_name_or_path, dtype=dtype, **settings)
+    model = BagelForUnifiedMultimodal.from_pretrained(args.model_name_or_path, dtype=dtype, **settings)
     if args.timestep_shift is not None:
         model.config.timestep_shift = args.timestep_shift
-    processor_class = import_sibling("processing_bagel").BagelProcessor
-    return model, processor_class.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    return model, BagelProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
 
 
 def with_adapters(model: Any, args: LoraArguments, training_args: Any, quantization: str | None) -> Any:
@@ -248,7 +249,7 @@ def with_adapters(model: Any, args: LoraArguments, training_args: Any, quantizat
     try:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     except ImportError as error:
-        raise ImportError("Adapters need peft: `pip install -r requirements-train.txt`.") from error
+        raise ImportError('Adapters need peft: `pip install "bagel-transformers[train]"`.') from error
     if quantization is not None:
         model = prepare_model_for_kbit_training(
             model,
@@ -259,7 +260,7 @@ def with_adapters(model: Any, args: LoraArguments, training_args: Any, quantizat
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=import_sibling("lora_bagel").lora_targets(model, args.lora_experts),
+        target_modules=lora_targets(model, args.lora_experts),
         modules_to_save=args.modules_to_save,
     )
     model = get_peft_model(model, config)
@@ -286,7 +287,7 @@ def packed(
     return data.PackedDataset(
         [source(entry) for entry in sources],
         processor,
-        packing.PackingRules.of(config, **{name: value for name, value in dropouts.items() if value is not None}),
+        PackingRules.of(config, **{name: value for name, value in dropouts.items() if value is not None}),
         expected_num_tokens=args.expected_num_tokens,
         max_num_tokens=args.max_num_tokens,
         max_num_tokens_per_sample=args.max_num_tokens_per_sample,

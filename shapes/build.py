@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Before and after the training of `checkpoints/tiny-shapes`, a complete BAGEL that really works, small enough for git.
 
-    python build_tiny_shapes.py start outputs/tiny-shapes/start     # trains VAE and vision tower
-    torchrun --standalone --nproc_per_node 2 train.py --config configs/tiny_shapes.yaml  # trains the model
-    python build_tiny_shapes.py finish outputs/tiny-shapes/run/ema  # writes checkpoints/tiny-shapes
+    python -m bagel.shapes.build start outputs/tiny-shapes/start     # trains VAE and vision tower
+    torchrun --standalone --nproc_per_node 2 -m bagel train --config configs/tiny_shapes.yaml  # trains the model
+    python -m bagel.shapes.build finish outputs/tiny-shapes/run/ema  # writes checkpoints/tiny-shapes
 
-`make tiny-shapes` runs all three. The world it lives in is `shapes_world.py`.
+`make tiny-shapes` runs all three. The world it lives in is `world.py`.
 """
 
 import argparse
@@ -22,10 +22,14 @@ from torch import nn
 from tqdm.auto import trange
 from transformers import GenerationConfig
 
-from build_tiny_checkpoint import write_checkpoint
-from convert_bagel import REPOSITORY, import_sibling
-from shapes_world import COLOURS, PLACES, SHAPES, SIDE, SIZES, Inventor, Scene, all_sentences, render, strange_colours
-from tokenization_tiny import build_tiny_tokenizer
+from ..configuration_bagel import BagelConfig, BagelVAEConfig
+from ..conversion.folders import REPOSITORY
+from ..image_processing_bagel import BagelImageProcessor, patchify
+from ..modeling_bagel import BagelForUnifiedMultimodal, build_vae
+from ..processing_bagel import BagelProcessor
+from .tiny_random import write_checkpoint
+from .tokenizer import build_tiny_tokenizer
+from .world import COLOURS, PLACES, SHAPES, SIDE, SIZES, Inventor, Scene, all_sentences, render, strange_colours
 
 
 CHECKPOINT = REPOSITORY / "checkpoints" / "tiny-shapes"
@@ -33,8 +37,6 @@ KINDS = list(itertools.product(SHAPES, SIZES))
 NAMES = [1 + len(KINDS), 1 + len(COLOURS)]  # what a place may hold: no thing or one of a kind, and of a colour
 PATCH = 16  # pixels per token and side, of the vision tower and of the VAE alike
 VOCABULARY = 448
-
-patchify = import_sibling("image_processing_bagel").patchify
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -60,8 +62,8 @@ def train_vae(steps: int, batch_size: int = 16, learning_rate: float = 2e-3, see
         "resolution": SIDE,
     }
     torch.manual_seed(seed)
-    config = import_sibling("configuration_bagel").BagelVAEConfig(**settings)
-    vae = import_sibling("modeling_bagel").build_vae(config).to(memory_format=torch.channels_last)
+    config = BagelVAEConfig(**settings)
+    vae = build_vae(config).to(memory_format=torch.channels_last)
     draws = np.random.default_rng(seed + 1)
 
     def loss() -> torch.Tensor:
@@ -226,17 +228,15 @@ def start(directory: Path, vae_steps: int, tower_steps: int, seed: int = 0) -> N
     vae, settings = train_vae(vae_steps, seed=seed)
     mean, worst = vae_psnr(vae.eval())
     print(f"The autoencoder restores pictures at {mean:.1f} dB (worst {worst:.1f} dB).")
-    configuration, modeling = import_sibling("configuration_bagel"), import_sibling("modeling_bagel")
-    processing, images = import_sibling("processing_bagel"), import_sibling("image_processing_bagel")
     tokenizer = build_tiny_tokenizer(all_sentences(), VOCABULARY)
     only_size = {"shortest_edge": SIDE, "longest_edge": SIDE}
-    processor = processing.BagelProcessor(
-        image_processor=images.BagelImageProcessor(size=only_size, latent_size=only_size, patch_size=PATCH),
+    processor = BagelProcessor(
+        image_processor=BagelImageProcessor(size=only_size, latent_size=only_size, patch_size=PATCH),
         tokenizer=tokenizer,
         chat_template=(REPOSITORY / "chat_template.jinja").read_text(),
     )
     names = ("bos", "eos", "vision_start", "vision_end", "image", "latent")
-    config = configuration.BagelConfig(
+    config = BagelConfig(
         text_config={
             "vocab_size": VOCABULARY,
             "hidden_size": 192,
@@ -263,7 +263,7 @@ def start(directory: Path, vae_steps: int, tower_steps: int, seed: int = 0) -> N
         **{f"{name}_token_id": getattr(processor, f"{name}_token_id") for name in names},
     )
     torch.manual_seed(seed)
-    model = modeling.BagelForUnifiedMultimodal(config)
+    model = BagelForUnifiedMultimodal(config)
     model.vae.load_state_dict(vae.state_dict())
     right = train_tower(model, tower_steps, seed=seed)
     print(f"The vision tower names shape, size and colour of {right:.1%} of the things it sees.")
@@ -274,10 +274,9 @@ def start(directory: Path, vae_steps: int, tower_steps: int, seed: int = 0) -> N
 
 def finish(trained: Path, directory: Path = CHECKPOINT) -> None:
     """The trained model in bfloat16 (the VAE stays float32)."""
-    modeling, processing = import_sibling("modeling_bagel"), import_sibling("processing_bagel")
-    model = modeling.BagelForUnifiedMultimodal.from_pretrained(trained, dtype=torch.bfloat16)
+    model = BagelForUnifiedMultimodal.from_pretrained(trained, dtype=torch.bfloat16)
     _set_generation(model)
-    processor = processing.BagelProcessor.from_pretrained(trained, trust_remote_code=True)
+    processor = BagelProcessor.from_pretrained(trained, trust_remote_code=True)
     write_checkpoint(model, processor, directory)
 
 

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures a model of the shapes world: what it draws, answers and edits, judged from pixels.
 
-    python evaluate_shapes.py [CHECKPOINT] [--number 500] [--output outputs/evaluation]
+    bagel eval [CHECKPOINT] [--number 500] [--output outputs/evaluation]
 
 All prompts are about combinations of colour, shape and place that training never showed. Prints a table, writes
-`evaluation.json` and a sheet of pictures. A script over the public API and `shapes_world.py`.
+`evaluation.json` and a sheet of pictures. A script over the public API and `shapes/world.py`.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
-from shapes_world import Task, held_out_tasks, judge, psnr_outside, render
+from ..shapes.world import Task, held_out_tasks, judge, psnr_outside, render
 
 
-REPOSITORY = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 KEPT = 24.0  # dB, outside what an edit changes
 TARGETS = {"drawings": 0.95, "answers": 0.97, "edits": 0.92}
 
@@ -190,16 +190,18 @@ def _wrapped(text: str, width: int, font: Any) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "bagel eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path, nargs="?", default=REPOSITORY / "checkpoints" / "tiny-shapes")
     parser.add_argument("--number", type=int, default=500, help="tasks of each kind")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--num-timesteps", type=int, default=50)
     parser.add_argument("--cfg-text-scale", type=float, default=4.0)
     parser.add_argument("--cfg-img-scale", type=float, default=1.5)
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "outputs" / "evaluation")
-    arguments = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"))
+    arguments = parser.parse_args(arguments)
     if not arguments.checkpoint.is_dir():
         parser.error(f"there is no {arguments.checkpoint}: `make tiny-shapes` trains it, or name another folder")
     options = {name: getattr(arguments, name) for name in ("num_timesteps", "cfg_text_scale", "cfg_img_scale")}

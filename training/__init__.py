@@ -1,0 +1,27 @@
+# Copyright 2026 The BAGEL for transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training: streams of rows to packs, and a `Trainer` for them. Needs the extra `train`."""
+
+from .data import (
+    ConversationCollator,
+    DataSource,
+    PackedDataset,
+    StreamedFiles,
+    editing_parquet,
+    t2i_parquet,
+    vlm_jsonl,
+)
+from .trainer import BagelTrainer, BagelTrainingArguments
+
+
+__all__ = [
+    "BagelTrainer",
+    "BagelTrainingArguments",
+    "ConversationCollator",
+    "DataSource",
+    "PackedDataset",
+    "StreamedFiles",
+    "editing_parquet",
+    "t2i_parquet",
+    "vlm_jsonl",
+]
