@@ -22,7 +22,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .image_processing_bagel import flatten_images, unit_tensor_to_pil
-from .layout_bagel import ImagePlaces
+from .layout_bagel import Placeholders
 
 
 # What the checkpoint was trained with when it thinks before it answers or draws; `chat_template.jinja` repeats them.
@@ -219,13 +219,13 @@ class BagelProcessor(ProcessorMixin):
         input_ids = torch.tensor(encoded["input_ids"])
         valid = torch.tensor(encoded["attention_mask"]) if "attention_mask" in encoded else torch.ones_like(input_ids)
         marks = (self.image_token_id, self.latent_token_id, self.vision_start_token_id, self.vision_end_token_id)
-        places = ImagePlaces.of(input_ids, *marks)
+        placeholders = Placeholders.find(input_ids, *marks)
         read, edited = (features.get(name) for name in ("image_grid_hw", "latent_image_sizes"))
-        grids = places.merge_grids(
+        grids = placeholders.merge_grids(
             [] if read is None else read.tolist(),
             [] if edited is None else (edited // self.image_processor.latent_stride).tolist(),
         )
-        return places.positions(valid, grids).movedim(-1, 0)
+        return placeholders.positions(valid, grids).movedim(-1, 0)
 
     def _image_span(self, token: str, places: torch.Tensor) -> str:
         return self.vision_start_token + token * int(places) + self.vision_end_token
