@@ -33,6 +33,7 @@ from .inputs_bagel import (
     ImageTensors,
     Prompt,
     axes_first,
+    find_placeholders,
     latent_grid,
     latent_position_ids,
     next_position,
@@ -482,7 +483,8 @@ class BagelGenerationMixin(GenerationMixin):
         Rotary positions of a prompt, as `forward` takes them. Pass them on when a prompt continues on a cache.
 
         Args:
-            input_ids, attention_mask: (batch, length). image_grid_hw, latent_image_sizes: of its images.
+            input_ids, attention_mask: (batch, length). image_grid_hw, latent_image_sizes: of its images; only read
+                with `mrope_section`.
 
         Returns:
             (batch, length): one per text token, one per image with its boundaries; 0 for padding. With
@@ -491,8 +493,11 @@ class BagelGenerationMixin(GenerationMixin):
         Raises:
             ValueError: images that `input_ids` mark and the sizes describe differently.
         """
-        prompt = Prompt.read(self.config, input_ids, attention_mask, image_grid_hw, latent_image_sizes)
-        return axes_first(prompt.position_ids)
+        if self.config.multimodal_positions:
+            prompt = Prompt.read(self.config, input_ids, attention_mask, image_grid_hw, latent_image_sizes)
+            return axes_first(prompt.position_ids)
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        return find_placeholders(self.config, input_ids).positions(valid)
 
     def prepare_inputs_for_generation(
         self,

@@ -20,7 +20,7 @@ from transformers.utils import TransformersKwargs
 
 from .embeddings_bagel import grid_position_ids
 from .flow_bagel import interpolate, patchify_latents, training_timesteps, velocity_target
-from .layout_bagel import Grid, PackedLayout, Placeholders, check_cover, count_positions
+from .layout_bagel import Grid, PackedLayout, Placeholders, check_cover, count_positions, split_attention_mask
 
 
 # encode(images, sample_posterior, generators) -> clean latent tokens of each image: `BagelModel.encode_images`
@@ -140,23 +140,18 @@ class Prompt:
         attention_mask: torch.Tensor | None = None,
         image_grid_hw: torch.LongTensor | None = None,
         latent_image_sizes: torch.LongTensor | None = None,
+        past_length: int = 0,
     ) -> "Prompt":
         """
         Args:
             config: a `BagelConfig`: ids, table sides, `mrope_section`.
-            input_ids, attention_mask: (batch, length). image_grid_hw, latent_image_sizes: of the images, see
-                `BagelForUnifiedMultimodal.forward`.
+            input_ids: (batch, length). attention_mask: (batch, past_length + length), 0 = padding. image_grid_hw,
+                latent_image_sizes: of the images, see `BagelForUnifiedMultimodal.forward`.
 
         Raises:
             ValueError: images that `input_ids` mark and the sizes describe differently, a size that does not fit.
         """
-        placeholders = Placeholders.find(
-            input_ids,
-            config.image_token_id,
-            config.latent_token_id,
-            config.vision_start_token_id,
-            config.vision_end_token_id,
-        )
+        placeholders = find_placeholders(config, input_ids)
         image_grids = () if image_grid_hw is None else tuple(map(tuple, image_grid_hw.tolist()))
         sizes = [] if latent_image_sizes is None else latent_image_sizes.tolist()
         latent_grids = tuple(latent_grid(config, *size) for size in sizes)
@@ -270,6 +265,11 @@ class Prompt:
             gen=found.latent & valid,
             causal=False,
         )
+
+
+def find_placeholders(config: PreTrainedConfig, input_ids: torch.LongTensor) -> Placeholders:
+    names = ("image_token_id", "latent_token_id", "vision_start_token_id", "vision_end_token_id")
+    return Placeholders.find(input_ids, *(getattr(config, name) for name in names))
 
 
 def next_position(position_ids: torch.LongTensor, keep: torch.BoolTensor) -> torch.LongTensor:
@@ -435,7 +435,8 @@ class Inputs:
             return cls(layout, text_ids, inputs_embeds, attention_mask=attention_mask)
         _check_images(config, images)
         if prompt is None:
-            prompt = Prompt.read(config, input_ids, attention_mask, images.image_grid_hw, images.latent_image_sizes)
+            sizes = (images.image_grid_hw, images.latent_image_sizes)
+            prompt = Prompt.read(config, input_ids, attention_mask, *sizes, past_length)
         layout = prompt.layout(attention_mask, position_ids, past_length)
         vit, latents = _read_images(config, encode, prompt, images)
         return cls(layout, text_ids, inputs_embeds, vit, latents, attention_mask=attention_mask)

@@ -450,7 +450,7 @@ def check_cover(sequence_length: int, indexes: dict[str, torch.LongTensor | None
     """
     filled = torch.zeros(sequence_length, dtype=torch.long, device=device)
     for name, index in indexes.items():
-        if index is None:
+        if index is None or index.numel() == 0:
             continue
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= sequence_length:
