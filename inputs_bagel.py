@@ -156,9 +156,8 @@ class Prompt:
         sizes = [] if latent_image_sizes is None else latent_image_sizes.tolist()
         latent_grids = tuple(latent_grid(config, *size) for size in sizes)
         placeholders.check(*([rows * columns for rows, columns in grids] for grids in (image_grids, latent_grids)))
-        valid = (
-            torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].long()
-        )
+        valid, _ = split_attention_mask(attention_mask, *input_ids.shape, past_length)
+        valid = torch.ones_like(input_ids) if valid is None else valid.long()
         grids = placeholders.merge_grids(image_grids, latent_grids) if config.multimodal_positions else None
         position_ids = placeholders.positions(valid, grids)
         return cls(input_ids, valid.bool(), placeholders, image_grids, latent_grids, position_ids)

@@ -49,7 +49,7 @@ def refused(call, *words):
         assert re.search(word, message), f"{word!r} is not in {message!r}"
 
 
-# ---- pictures and their places
+# ---- images and their placeholders
 
 
 def test_place_without_picture(model, edit):
@@ -69,8 +69,8 @@ def test_too_few_places(model, edit):
         "input_ids": torch.cat([ids[:, :cut], ids[:, cut + 1 :]], dim=1),
         "attention_mask": mask[:, 1:],
     }
-    places = int((ids == model.config.image_token_id).sum())
-    refused(lambda: model(**shorter), f"takes {places - 1} places", f"says {places}")
+    count = int((ids == model.config.image_token_id).sum())
+    refused(lambda: model(**shorter), f"has {count - 1} placeholders", f"says {count}")
 
 
 def test_truncated_prompt_cuts_a_picture(model, edit):

@@ -68,23 +68,6 @@ def test_large_packs_have_rounded_sizes_with_fillers_that_nothing_reads(experts)
         torch.testing.assert_close(one, other)
 
 
-def test_large_packs_come_apart_into_batches_of_rounded_sizes():
-    chance = random.Random(0)
-    sample_lens, split_lens, modes = [], [], []
-    while sum(sample_lens) < 700:
-        for column, some in zip((sample_lens, split_lens, modes), random_splits(chance)):
-            column += some
-    layout = pack(sample_lens, split_lens, modes)
-    seen = torch.zeros(layout.length, layout.length, dtype=torch.bool)
-    for index, samples in layout.samples_apart():
-        assert index.shape == samples.sample_ids.shape and index.shape[0] % 4 == index.shape[1] % 16 == 0
-        assert samples.dense_mask().any(-1).all(), "no row of a mask is empty"
-        for places, mask, real in zip(index, samples.dense_mask()[:, 0], samples.valid):
-            seen[places[real][:, None], places[real][None]] |= mask[real][:, real]
-            assert not mask[real][:, ~real].any()
-    assert torch.equal(seen, layout.dense_mask()[0, 0])
-
-
 def test_text_alone_is_not_moved():
     hidden = torch.randn(2, 4, 6)
     for gen in (None, torch.zeros(2, 4).bool()):

@@ -191,7 +191,7 @@ def test_free_places_of_a_static_cache_are_seen_by_nobody():
     mask = torch.tensor([[0, 1, 1, 1, 1]])
     layout = PackedLayout.text(1, 2, mask, past_length=3)
     assert draw(layout.dense_mask(7)[0, 0]) == ["." + "xxx" + "...", "." + "xxxx" + ".."]
-    with pytest.raises(ValueError, match="3 cached and 2 new tokens do not fit 4 key places"):
+    with pytest.raises(ValueError, match="3 cached and 2 new tokens do not fit 4 keys"):
         layout.dense_mask(4)
 
 
@@ -271,7 +271,7 @@ def test_cached_suffix_is_the_last_rows_of_the_full_mask(seed, padding_side):
     for past in (cut for cut in range(1, length) if not bool(inside[:, cut].any())):
         suffix = layout_of(
             tiny_config(),
-            torch.as_tensor(batch["input_ids"][:, past:]),
+            batch["input_ids"][:, past:],
             mask,
             whole.position_ids[:, past:],
             past_length=past,
@@ -358,11 +358,11 @@ def test_places_and_pictures_that_agree_pass():
 @pytest.mark.parametrize(
     ("row", "image_lengths", "latent_lengths", "message"),
     [
-        ("t[ii]t", [], [], "mark 1 pictures with image_token_id, but image_grid_hw describes 0"),
-        ("t[ii]t", [2, 2], [], "mark 1 pictures with image_token_id, but image_grid_hw describes 2"),
-        ("ttt", [], [4], "mark 0 pictures with latent_token_id, but latent_image_sizes describes 1"),
-        ("t[ii]t", [3], [], "Picture 0 takes 2 places of image_token_id .* image_grid_hw says 3"),
-        ("[n]t[nn]", [], [1, 3], "Picture 1 takes 2 places of latent_token_id .* latent_image_sizes says 3"),
+        ("t[ii]t", [], [], "mark 1 images with image_token_id, but image_grid_hw describes 0"),
+        ("t[ii]t", [2, 2], [], "mark 1 images with image_token_id, but image_grid_hw describes 2"),
+        ("ttt", [], [4], "mark 0 images with latent_token_id, but latent_image_sizes describes 1"),
+        ("t[ii]t", [3], [], "Image 0 has 2 placeholders image_token_id .* image_grid_hw says 3"),
+        ("[n]t[nn]", [], [1, 3], "Image 1 has 2 placeholders latent_token_id .* latent_image_sizes says 3"),
         ("tiit", [2], [], "row 0, column 1 are not enclosed"),
         ("t[ii", [2], [], "row 0, column 2 are not enclosed"),
         ("nn]t", [], [2], "row 0, column 0 are not enclosed"),
@@ -477,3 +477,20 @@ def test_pack_that_is_not_filled_exactly_once_is_refused(text, vit, message):
     indexes = {"text": torch.tensor(text, dtype=torch.long), "vit": torch.tensor(vit)}
     with pytest.raises(ValueError, match=message):
         check_cover(4, indexes, torch.device("cpu"))
+
+
+def test_large_packs_come_apart_into_batches_of_rounded_sizes():
+    chance = random.Random(0)
+    sample_lens, split_lens, modes = [], [], []
+    while sum(sample_lens) < 700:
+        for column, some in zip((sample_lens, split_lens, modes), random_splits(chance)):
+            column += some
+    layout = pack(sample_lens, split_lens, modes)
+    seen = torch.zeros(layout.length, layout.length, dtype=torch.bool)
+    for index, samples in layout.samples_apart():
+        assert index.shape == samples.sample_ids.shape and index.shape[0] % 4 == index.shape[1] % 16 == 0
+        assert samples.dense_mask().any(-1).all(), "no row of a mask is empty"
+        for places, mask, real in zip(index, samples.dense_mask()[:, 0], samples.valid):
+            seen[places[real][:, None], places[real][None]] |= mask[real][:, real]
+            assert not mask[real][:, ~real].any()
+    assert torch.equal(seen, layout.dense_mask()[0, 0])
