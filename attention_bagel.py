@@ -19,8 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, eager_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
 
+from .embeddings_bagel import rotate_halves, rotate_pairs
 from .layout_bagel import PackedLayout, Routing
-from .positions_bagel import turn_adjacent, turn_halves
 
 
 class VarlenPart(NamedTuple):
@@ -272,7 +272,7 @@ class BagelAttention(nn.Module):
 
     def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """(batch, heads, length, head_dim): the features that have an angle turn, the rest is copied."""
-        turn = turn_adjacent if self.config.rope_parameters.get("interleave") else turn_halves
+        turn = rotate_pairs if self.config.rope_parameters.get("interleave") else rotate_halves
         turned = turn(x[..., : cos.shape[-1]], cos[:, None], sin[:, None])
         return turned if turned.shape == x.shape else torch.cat([turned, x[..., cos.shape[-1] :]], dim=-1)
 

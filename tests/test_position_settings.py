@@ -38,6 +38,8 @@ from bagel.embeddings_bagel import (
     BagelTextRotaryEmbedding,
     grid_position_ids,
     read_table,
+    rotate_halves,
+    rotate_pairs,
 )
 from bagel.flow_bagel import patchify_latents, unpatchify_latents
 from bagel.generation_bagel import DrawingOptions
@@ -52,8 +54,6 @@ from bagel.positions_bagel import (
     Qwen3OmniMoeThinkerTextRotaryEmbedding,
     Qwen3OmniMoeVisionPosEmbedInterpolate,
     Qwen3OmniMoeVisionRotaryEmbedding,
-    turn_adjacent,
-    turn_halves,
 )
 
 
@@ -358,8 +358,8 @@ def test_three_positions_turn_as_in_the_document():
 def test_pairs_are_halves_or_adjacent():
     x, positions = heads(), torch.arange(20)[None]
     cos, sin = (table[:, :, None] for table in rotary(text())[1](x, positions))
-    assert torch.equal(turned(text(), x, positions), turn_halves(x, cos, sin))
-    assert torch.equal(turned(text(interleave=True), x, positions), turn_adjacent(x, cos, sin))
+    assert torch.equal(turned(text(), x, positions), rotate_halves(x, cos, sin))
+    assert torch.equal(turned(text(interleave=True), x, positions), rotate_pairs(x, cos, sin))
 
 
 def test_context_reaches_as_far_as_it_is_extended():
