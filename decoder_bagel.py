@@ -22,10 +22,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, eag
 
 from .attention_bagel import AttentionSpec, attend
 from .configuration_bagel import BagelConfig, BagelTextConfig
-from .embeddings_bagel import BagelGridPositionEmbedding, BagelTextRotaryEmbedding
+from .embeddings_bagel import BagelGridPositionEmbedding, BagelTextRotaryEmbedding, rotate_halves, rotate_pairs
 from .layout_bagel import PackedLayout, rounds_sizes
-from .positions_bagel import turn_adjacent as rotate_pairs
-from .positions_bagel import turn_halves as rotate_halves
 
 
 ROWS_STEP = 64  # what the number of tokens of an expert is rounded up to, see `layout_bagel.rounds_sizes`

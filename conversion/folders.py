@@ -32,7 +32,6 @@ RUNTIME_FILES = (
     "lora_bagel.py",
     "modeling_bagel.py",
     "modeling_siglip_navit.py",
-    "positions_bagel.py",
     "processing_bagel.py",
 )
 CHAT_TEMPLATE = "chat_template.jinja"

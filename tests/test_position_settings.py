@@ -38,6 +38,8 @@ from bagel.embeddings_bagel import (
     BagelTextRotaryEmbedding,
     grid_position_ids,
     read_table,
+    rotate_halves,
+    rotate_pairs,
 )
 from bagel.flow_bagel import DrawingOptions, patchify_latents, unpatchify_latents
 from bagel.generation_bagel import without_dangling_bos
@@ -53,8 +55,6 @@ from bagel.positions_bagel import (
     Qwen3OmniMoeThinkerTextRotaryEmbedding,
     Qwen3OmniMoeVisionPosEmbedInterpolate,
     Qwen3OmniMoeVisionRotaryEmbedding,
-    turn_adjacent,
-    turn_halves,
 )
 
 
@@ -328,7 +328,7 @@ def turned(setting: dict, x: torch.Tensor, position_ids: torch.Tensor) -> torch.
     model = tiny_model(**setting)
     attention = model.language_model.model.layers[0].self_attn
     cos, sin = model.language_model.model.rotary_emb(x, position_ids)
-    return attention._turn(x.transpose(1, 2), cos, sin).transpose(1, 2)
+    return attention._rotate(x.transpose(1, 2), cos, sin).transpose(1, 2)
 
 
 def heads(seed: int = 0) -> torch.Tensor:
@@ -360,8 +360,8 @@ def test_three_positions_turn_as_in_the_document():
 def test_pairs_are_halves_or_adjacent():
     x, positions = heads(), torch.arange(20)[None]
     cos, sin = (table[:, :, None] for table in rotary(text())[1](x, positions))
-    assert torch.equal(turned(text(), x, positions), turn_halves(x, cos, sin))
-    assert torch.equal(turned(text(interleave=True), x, positions), turn_adjacent(x, cos, sin))
+    assert torch.equal(turned(text(), x, positions), rotate_halves(x, cos, sin))
+    assert torch.equal(turned(text(interleave=True), x, positions), rotate_pairs(x, cos, sin))
 
 
 def test_context_reaches_as_far_as_it_is_extended():
@@ -523,7 +523,7 @@ def test_wrong_numbers_of_positions_are_refused():
     with pytest.raises(ValueError, match="4 positions per token"):
         mrope(**batch, position_ids=torch.zeros(4, 1, length, dtype=torch.long))
     pack = pack_of(mrope, text(**MROPE))
-    with pytest.raises(ValueError, match=r"packed_position_ids holds one position.*PackingRules"):
+    with pytest.raises(ValueError, match=r"packed_position_ids holds one position.*return_position_ids"):
         mrope(**{**pack, "packed_position_ids": pack["packed_position_ids"][:, 0]})
     with pytest.raises(ValueError, match="packed_position_ids holds 3 positions"):
         plain(**pack)
