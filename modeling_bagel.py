@@ -84,10 +84,6 @@ class BagelOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-# Parameters of the heads, which `BagelModel` leaves in the file.
-HEADS = [r"^language_model\.lm_head\.", r"^llm2vae\."]
-
-
 class BagelConnector(nn.Module):
     """Two-layer MLP from vision features to decoder features."""
 
@@ -131,7 +127,7 @@ class BagelModel(BagelPreTrainedModel):
             _convert_patch_embedding_for_packed_vit(self, config)
             self.connector = BagelConnector(vision.hidden_size, text.hidden_size, config.connector_act)
             self.vit_pos_embed = BagelGridPositionEmbedding(config.vit_max_num_patch_per_side, text.hidden_size)
-        self._keys_to_ignore_on_load_unexpected = switched_off_parts(config) + ([] if self.has_heads else HEADS)
+        self._keys_to_ignore_on_load_unexpected = switched_off_parts(config, self.has_heads)
         self.post_init()
         self.freeze_vae()
 
