@@ -527,7 +527,7 @@ def test_wrong_numbers_of_positions_are_refused():
         mrope(**{**pack, "packed_position_ids": pack["packed_position_ids"][:, 0]})
     with pytest.raises(ValueError, match="packed_position_ids holds 3 positions"):
         plain(**pack)
-    with pytest.raises(ValueError, match=r"input_ids mark 1 pictures .* image_grid_hw describes 0"):
+    with pytest.raises(ValueError, match=r"input_ids mark 1 images .* image_grid_hw describes 0"):
         mrope.get_rope_index(batch["input_ids"])
 
 
