@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, eager_attention_forward
+from transformers.utils import is_torchvision_available
 
 from .attention_bagel import AttentionSpec, attend
 from .configuration_bagel import BagelConfig, BagelTextConfig
@@ -234,7 +235,8 @@ class VelocityHead(nn.Linear):
 class BagelPreTrainedModel(PreTrainedModel):
     config: BagelConfig
     config_class = BagelConfig
-    input_modalities = ("image", "text")
+    # transformers' any-to-any pipeline refuses image models without torchvision; this one needs none
+    input_modalities = ("image", "text") if is_torchvision_available() else ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["BagelDecoderLayer", "SiglipEncoderLayer", "AutoencoderKL"]
     _skip_keys_device_placement = ["past_key_values"]

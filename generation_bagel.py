@@ -32,14 +32,12 @@ from .inputs_bagel import (
     Grid,
     ImageTensors,
     Prompt,
-    axes_first,
     find_placeholders,
     latent_grid,
     latent_position_ids,
-    next_position,
     require_visual_gen,
 )
-from .layout_bagel import PackedLayout
+from .layout_bagel import PackedLayout, axes_first, next_position
 
 
 logger = logging.get_logger(__name__)
@@ -93,97 +91,8 @@ class DrawingContext(NamedTuple):
     position_ids: torch.Tensor
 
 
-class BagelGenerationMixin(GenerationMixin):
-    """`generate` in three modes: `"text"`, `"image"` and `"interleaved"`."""
-
-    @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, generation_mode: str = "text", **kwargs):
-        r"""
-        Write text, draw images, or both in turns.
-
-        Args:
-            inputs: `input_ids`, if they are not passed by name. All other model inputs are those of `forward`.
-            generation_mode (`str`):
-                `"text"`: all of [`~transformers.GenerationMixin.generate`]; the prompt ends with the answer's bos.
-                `"image"`: one image per prompt (and per `num_return_sequences`), see [`DrawingOptions`] for the
-                arguments. Images in the prompt are edited if they came through the VAE. `think=True` writes a plan
-                first, with the text arguments (`max_new_tokens`, `do_sample`, `streamer` ...) applying to it; the
-                prompt must then hold the released system prompt (`apply_chat_template(..., think=True)`).
-                `"interleaved"`: the model decides after each text whether it writes on, draws or ends, until
-                `max_new_tokens` text tokens or `max_images` images. Takes the arguments of both other modes, and
-                `processor`, with which images are read back (and texts decoded).
-            return_dict_in_generate (`bool`): a [`ModelOutput`] instead of the plain result.
-
-        Returns:
-            Text mode: as transformers. Image mode: a list of images. Interleaved mode: per prompt, a list of texts
-            (token ids, or `str` with a `processor`) and images.
-
-        Raises:
-            ValueError: unknown or contradicting arguments; the message names them.
-        """
-        if generation_mode not in GENERATION_MODES:
-            raise ValueError(f"generation_mode={generation_mode!r} is unknown; choose one of {GENERATION_MODES}.")
-        if inputs is not None:
-            name = "input_ids" if not inputs.is_floating_point() else "inputs_embeds"
-            if kwargs.get(name) is not None:
-                raise ValueError(f"Pass the prompt once: as `inputs` or as `{name}`.")
-            kwargs[name] = inputs
-        if (ids := kwargs.get("input_ids")) is not None and ids.numel() == 0:
-            raise ValueError("The prompt is empty: input_ids holds no token. Write at least one word.")
-        if generation_mode == "text":
-            drawing = [
-                name for name in kwargs if name in DRAWING_ARGUMENTS and name not in ("sample_posterior", "generator")
-            ]
-            if drawing:
-                raise ValueError(f'{", ".join(drawing)} only apply to generation_mode="image" or "interleaved".')
-            kwargs.pop("think", None)  # a plan is part of the answer here; the system prompt asks for it
-            return super().generate(**kwargs)
-        require_visual_gen(self.config, f'generate with generation_mode="{generation_mode}"')
-        if kwargs.get("input_ids") is None:
-            raise ValueError(f'generation_mode="{generation_mode}" needs input_ids (the processor makes them).')
-        arguments = self._sort_arguments(kwargs, generation_mode)
-        prompt, images = self._read_prompt(arguments.pop("prompt"), arguments["options"])
-        run = self._generate_images if generation_mode == "image" else self._generate_interleaved
-        return run(prompt, images, **arguments)
-
-    def _sort_arguments(self, kwargs: dict[str, Any], generation_mode: str) -> dict[str, Any]:
-        """Split keyword arguments into prompt, drawing, text and mode arguments; anything else is refused."""
-        prompt_names = ("input_ids", "attention_mask", "position_ids", *IMAGE_INPUTS)
-        text_names = set(GenerationConfig().to_dict()) | {
-            *inspect.signature(GenerationMixin.generate).parameters,
-            "tokenizer",
-            "assistant_tokenizer",
-        }
-        mode_defaults = {
-            "image": {"think": False, "max_think_token_n": None, "return_dict_in_generate": False},
-            "interleaved": {"processor": None, "max_images": 4, "return_dict_in_generate": False},
-        }[generation_mode]
-        if generation_mode == "interleaved":
-            kwargs.pop("think", None)  # the plan is a text like any other here
-        known = {*prompt_names, *DRAWING_ARGUMENTS, *mode_defaults, *text_names} - {"inputs", "kwargs", "self"}
-        unknown = [name for name, value in kwargs.items() if name not in known and value is not None]
-        if unknown:
-            raise ValueError(
-                f'{", ".join(unknown)} are unknown to generate(generation_mode="{generation_mode}"); it takes '
-                f"{', '.join((*DRAWING_ARGUMENTS, *mode_defaults))}, the inputs of the processor and text arguments."
-            )
-
-        def pick(names):
-            return {name: value for name, value in kwargs.items() if name in names and value is not None}
-
-        text = pick(text_names - set(prompt_names) - set(mode_defaults) - set(DRAWING_ARGUMENTS))
-        drawing = pick(DRAWING_ARGUMENTS)
-        for config in (kwargs.get("generation_config"), self.generation_config):
-            stored = {name: getattr(config, name, None) for name in STORED_ARGUMENTS}
-            drawing = {name: value for name, value in stored.items() if value is not None} | drawing
-        return {
-            "prompt": pick(prompt_names),
-            "options": DrawingOptions(**drawing),
-            "text_arguments": text,
-            **{name: default if kwargs.get(name) is None else kwargs[name] for name, default in mode_defaults.items()},
-        }
-
-    # ---- images
+class BagelDrawingMixin(GenerationMixin):
+    """Reads prompts and draws images under their contexts."""
 
     def _read_prompt(self, given: dict[str, torch.Tensor], options: DrawingOptions) -> tuple[Prompt, ImageTensors]:
         """The one scan of `input_ids`, and the images beside them."""
@@ -368,6 +277,97 @@ class BagelGenerationMixin(GenerationMixin):
             return pixels.clamp(0, 1)
         values = (pixels.clamp(0, 1) * 255).to(torch.uint8)  # truncated, as released
         return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
+
+
+class BagelGenerationMixin(BagelDrawingMixin):
+    """`generate` in three modes: `"text"`, `"image"` and `"interleaved"`."""
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, generation_mode: str = "text", **kwargs):
+        r"""
+        Write text, draw images, or both in turns.
+
+        Args:
+            inputs: `input_ids`, if they are not passed by name. All other model inputs are those of `forward`.
+            generation_mode (`str`):
+                `"text"`: all of [`~transformers.GenerationMixin.generate`]; the prompt ends with the answer's bos.
+                `"image"`: one image per prompt (and per `num_return_sequences`), see [`DrawingOptions`] for the
+                arguments. Images in the prompt are edited if they came through the VAE. `think=True` writes a plan
+                first, with the text arguments (`max_new_tokens`, `do_sample`, `streamer` ...) applying to it; the
+                prompt must then hold the released system prompt (`apply_chat_template(..., think=True)`).
+                `"interleaved"`: the model decides after each text whether it writes on, draws or ends, until
+                `max_new_tokens` text tokens or `max_images` images. Takes the arguments of both other modes, and
+                `processor`, with which images are read back (and texts decoded).
+            return_dict_in_generate (`bool`): a [`ModelOutput`] instead of the plain result.
+
+        Returns:
+            Text mode: as transformers. Image mode: a list of images. Interleaved mode: per prompt, a list of texts
+            (token ids, or `str` with a `processor`) and images.
+
+        Raises:
+            ValueError: unknown or contradicting arguments; the message names them.
+        """
+        if generation_mode not in GENERATION_MODES:
+            raise ValueError(f"generation_mode={generation_mode!r} is unknown; choose one of {GENERATION_MODES}.")
+        if inputs is not None:
+            name = "input_ids" if not inputs.is_floating_point() else "inputs_embeds"
+            if kwargs.get(name) is not None:
+                raise ValueError(f"Pass the prompt once: as `inputs` or as `{name}`.")
+            kwargs[name] = inputs
+        if (ids := kwargs.get("input_ids")) is not None and ids.numel() == 0:
+            raise ValueError("The prompt is empty: input_ids holds no token. Write at least one word.")
+        if generation_mode == "text":
+            drawing = [
+                name for name in kwargs if name in DRAWING_ARGUMENTS and name not in ("sample_posterior", "generator")
+            ]
+            if drawing:
+                raise ValueError(f'{", ".join(drawing)} only apply to generation_mode="image" or "interleaved".')
+            kwargs.pop("think", None)  # a plan is part of the answer here; the system prompt asks for it
+            return super().generate(**kwargs)
+        require_visual_gen(self.config, f'generate with generation_mode="{generation_mode}"')
+        if kwargs.get("input_ids") is None:
+            raise ValueError(f'generation_mode="{generation_mode}" needs input_ids (the processor makes them).')
+        arguments = self._sort_arguments(kwargs, generation_mode)
+        prompt, images = self._read_prompt(arguments.pop("prompt"), arguments["options"])
+        run = self._generate_images if generation_mode == "image" else self._generate_interleaved
+        return run(prompt, images, **arguments)
+
+    def _sort_arguments(self, kwargs: dict[str, Any], generation_mode: str) -> dict[str, Any]:
+        """Split keyword arguments into prompt, drawing, text and mode arguments; anything else is refused."""
+        prompt_names = ("input_ids", "attention_mask", "position_ids", *IMAGE_INPUTS)
+        text_names = set(GenerationConfig().to_dict()) | {
+            *inspect.signature(GenerationMixin.generate).parameters,
+            "tokenizer",
+            "assistant_tokenizer",
+        }
+        mode_defaults = {
+            "image": {"think": False, "max_think_token_n": None, "return_dict_in_generate": False},
+            "interleaved": {"processor": None, "max_images": 4, "return_dict_in_generate": False},
+        }[generation_mode]
+        if generation_mode == "interleaved":
+            kwargs.pop("think", None)  # the plan is a text like any other here
+        known = {*prompt_names, *DRAWING_ARGUMENTS, *mode_defaults, *text_names} - {"inputs", "kwargs", "self"}
+        unknown = [name for name, value in kwargs.items() if name not in known and value is not None]
+        if unknown:
+            raise ValueError(
+                f'{", ".join(unknown)} are unknown to generate(generation_mode="{generation_mode}"); it takes '
+                f"{', '.join((*DRAWING_ARGUMENTS, *mode_defaults))}, the inputs of the processor and text arguments."
+            )
+
+        def pick(names):
+            return {name: value for name, value in kwargs.items() if name in names and value is not None}
+
+        text = pick(text_names - set(prompt_names) - set(mode_defaults) - set(DRAWING_ARGUMENTS))
+        drawing = pick(DRAWING_ARGUMENTS)
+        for config in (kwargs.get("generation_config"), self.generation_config):
+            stored = {name: getattr(config, name, None) for name in STORED_ARGUMENTS}
+            drawing = {name: value for name, value in stored.items() if value is not None} | drawing
+        return {
+            "prompt": pick(prompt_names),
+            "options": DrawingOptions(**drawing),
+            "text_arguments": text,
+            **{name: default if kwargs.get(name) is None else kwargs[name] for name, default in mode_defaults.items()},
+        }
 
     # ---- texts and images in turns
 

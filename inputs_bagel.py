@@ -20,7 +20,16 @@ from transformers.utils import TransformersKwargs
 
 from .embeddings_bagel import grid_position_ids
 from .flow_bagel import interpolate, patchify_latents, training_timesteps, velocity_target
-from .layout_bagel import Grid, PackedLayout, Placeholders, check_cover, count_positions, split_attention_mask
+from .layout_bagel import (
+    Grid,
+    PackedLayout,
+    Placeholders,
+    axes_last,
+    check_cover,
+    count_positions,
+    next_position,
+    split_attention_mask,
+)
 
 
 # encode(images, sample_posterior, generators) -> clean latent tokens of each image: `BagelModel.encode_images`
@@ -271,12 +280,6 @@ def find_placeholders(config: PreTrainedConfig, input_ids: torch.LongTensor) -> 
     return Placeholders.find(input_ids, *(getattr(config, name) for name in names))
 
 
-def next_position(position_ids: torch.LongTensor, keep: torch.BoolTensor) -> torch.LongTensor:
-    """(batch,) the position after the tokens that are kept; 0 after none."""
-    last = position_ids if position_ids.ndim == 2 else position_ids.amax(-1)
-    return torch.where(keep, last + 1, 0).amax(1)
-
-
 def _masked(position_ids: torch.LongTensor, keep: torch.BoolTensor) -> torch.LongTensor:
     return position_ids * (keep if position_ids.ndim == 2 else keep[..., None])
 
@@ -516,16 +519,6 @@ def word_ids(config: PreTrainedConfig, input_ids: torch.LongTensor) -> torch.Lon
     if config.pad_token_id is not None and config.pad_token_id >= config.text_config.vocab_size:
         outside = outside | (input_ids == config.pad_token_id)
     return input_ids.masked_fill(outside, 0)
-
-
-def axes_first(position_ids: torch.LongTensor) -> torch.LongTensor:
-    """(batch, length, 3) -> (3, batch, length), the public form; one position per token stays as it is."""
-    return position_ids.movedim(-1, 0) if position_ids.ndim == 3 else position_ids
-
-
-def axes_last(position_ids: torch.LongTensor) -> torch.LongTensor:
-    """The inverse of [`axes_first`]."""
-    return position_ids.movedim(0, -1) if position_ids.ndim == 3 else position_ids
 
 
 def check_axes(config: PreTrainedConfig, name: str, axes: int, has_images: bool) -> None:

@@ -472,6 +472,22 @@ def count_positions(advance: torch.LongTensor) -> torch.LongTensor:
     return (advance.cumsum(1) - 1).clamp(min=0)
 
 
+def next_position(position_ids: torch.LongTensor, keep: torch.BoolTensor) -> torch.LongTensor:
+    """(batch,) the position after the tokens that are kept; 0 after none."""
+    last = position_ids if position_ids.ndim == 2 else position_ids.amax(-1)
+    return torch.where(keep, last + 1, 0).amax(1)
+
+
+def axes_first(position_ids: torch.LongTensor) -> torch.LongTensor:
+    """(batch, length, 3) -> (3, batch, length), the public form; one position per token stays as it is."""
+    return position_ids.movedim(-1, 0) if position_ids.ndim == 3 else position_ids
+
+
+def axes_last(position_ids: torch.LongTensor) -> torch.LongTensor:
+    """The inverse of [`axes_first`]."""
+    return position_ids.movedim(0, -1) if position_ids.ndim == 3 else position_ids
+
+
 def split_attention_mask(
     attention_mask: torch.Tensor | None, batch_size: int, length: int, past_length: int
 ) -> tuple[torch.BoolTensor | None, torch.BoolTensor | None]:

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple, is_torchvision_available, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 from typing_extensions import Unpack
 
 from .attention_bagel import prepare_attention
@@ -105,8 +105,6 @@ class BagelModel(BagelPreTrainedModel):
     `diffusers.AutoencoderKL`. It is built for `visual_gen` only, always frozen, and the one part that needs diffusers.
     """
 
-    # transformers' any-to-any pipeline refuses image models without torchvision; this one needs none
-    input_modalities = ("image", "text") if is_torchvision_available() else ("text",)
     has_heads = False
     latent_cache = None  # a trainer may put a `LatentCache` here
 
