@@ -28,6 +28,7 @@ from .layout_bagel import (
     check_cover,
     count_positions,
     next_position,
+    restarts,
     split_attention_mask,
 )
 
@@ -116,7 +117,7 @@ class ImageTensors(NamedTuple):
         return self.pixel_values is None and self.latent_pixel_values is None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those that are there, by the names that `forward` knows."""
+        """Those that are there, by their names in `forward`."""
         return {name: value for name in IMAGE_INPUTS if (value := getattr(self, name)) is not None}
 
 
@@ -432,6 +433,8 @@ class Inputs:
             given = input_ids if inputs_embeds is None else inputs_embeds
             if inputs_embeds is None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
                 _refuse_placeholders(config, input_ids)
+            if inputs_embeds is None and attention_mask is None and restarts(position_ids):
+                return cls(PackedLayout.flattened(position_ids), text_ids)
             shape, device = given.shape[:2], given.device
             layout = PackedLayout.text(*shape, attention_mask, position_ids, past_length, device)
             return cls(layout, text_ids, inputs_embeds, attention_mask=attention_mask)
@@ -445,11 +448,7 @@ class Inputs:
 
     @classmethod
     def from_pack(
-        cls,
-        config: PreTrainedConfig,
-        encode: Encoder,
-        pack: Mapping[str, Any],
-        generator: torch.Generator | None = None,
+        cls, config: PreTrainedConfig, encode: Encoder, pack: Mapping[str, Any], generator: torch.Generator | None
     ) -> "Inputs":
         """
         A training pack, see [`PackKwargs`].

@@ -32,7 +32,7 @@ and the next token follows that. An image of 2 rows and 3 columns (s, e = vision
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -227,6 +227,12 @@ class PackedLayout:
             past_valid=past_valid,
             causal=True,
         )
+
+    @classmethod
+    def flattened(cls, position_ids: torch.LongTensor) -> "PackedLayout":
+        """A row of several texts, whose positions start again from 0 with each: a flattened batch of transformers."""
+        text = cls.text(1, position_ids.shape[1], None, position_ids, 0, position_ids.device)
+        return replace(text, sample_ids=(position_ids == 0).long().cumsum(1) - 1, causal=False)
 
     @classmethod
     def from_packed(
@@ -486,6 +492,12 @@ def axes_first(position_ids: torch.LongTensor) -> torch.LongTensor:
 def axes_last(position_ids: torch.LongTensor) -> torch.LongTensor:
     """The inverse of [`axes_first`]."""
     return position_ids.movedim(0, -1) if position_ids.ndim == 3 else position_ids
+
+
+def restarts(position_ids: torch.LongTensor | None) -> bool:
+    """Whether a single row of positions starts again from 0."""
+    single = position_ids is not None and position_ids.ndim == 2 and position_ids.shape[0] == 1
+    return single and not torch.compiler.is_compiling() and bool((position_ids[:, 1:] == 0).any())
 
 
 def split_attention_mask(

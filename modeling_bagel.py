@@ -294,17 +294,14 @@ class BagelModel(BagelPreTrainedModel):
         if input_ids is None and not tensors.empty:
             input_ids = self._ids_of(inputs_embeds)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return Inputs.from_padded(
-            self.config,
-            self.encode_images,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_length,
-            tensors,
-            options.get("prompt"),
-        )
+        batch = (input_ids, inputs_embeds, attention_mask, position_ids, past_length, tensors)
+        inputs = Inputs.from_padded(self.config, self.encode_images, *batch, options.get("prompt"))
+        if len(options.get("cu_seq_lens_q", ())) > 2 and inputs.layout.causal:
+            raise ValueError(
+                f"cu_seq_lens_q={options['cu_seq_lens_q'].tolist()} names several samples, position_ids only one: pass "
+                "position_ids that start again from 0 with every sample (DataCollatorWithFlattening makes them)."
+            )
+        return inputs
 
     def run(
         self, inputs: Inputs, past_key_values: Cache | None, use_cache: bool | None, options: Mapping[str, Any]

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from tiny_models import fresh_tiny_model, padded_batch, tiny_config, tiny_model, training_pack
+from tiny_models import attention_kernel, fresh_tiny_model, padded_batch, tiny_config, tiny_model, training_pack
 from transformers import BatchFeature
 
 from bagel.decoder_bagel import BagelTextModel
@@ -151,7 +151,7 @@ def test_arguments_that_transformers_passes_through_models_are_known():
 def test_a_pack_is_known_by_the_names_of_the_released_pipeline():
     pack = training_pack([[("text", 3), ("vit", 2, 2), ("vae", 1, 2), ("noise", 2, 2)]])
     assert pack.keys() <= PackKwargs.__optional_keys__
-    inputs = Inputs.from_pack(tiny_config(), None, pack)
+    inputs = Inputs.from_pack(tiny_config(), None, pack, None)
     assert inputs.layout.length == pack["sequence_length"]
     assert len(inputs.targets.labels) == len(pack["packed_label_ids"])
     assert len(inputs.targets.velocity) == len(pack["mse_loss_indexes"])
@@ -207,3 +207,23 @@ def test_decoder_encoder_and_base_are_found_where_transformers_looks():
 def test_a_batch_feature_goes_in_as_it_is():
     with torch.no_grad():
         assert torch.equal(tiny_model()(**BatchFeature(edits())).logits, tiny_model()(**edits()).logits)
+
+
+# ---- flattened batches
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_samples_of_a_flattened_batch_never_see_each_other(kernel):
+    samples = [[1, 50, 51, 2], [1, 60, 2], [1, 2]]
+    flat = torch.tensor([[token for sample in samples for token in sample]])
+    positions = torch.tensor([[n for sample in samples for n in range(len(sample))]])
+    model = tiny_model()
+    with attention_kernel(model, kernel), torch.no_grad():
+        together = model(input_ids=flat, position_ids=positions).logits[0]
+        alone = torch.cat([model(input_ids=torch.tensor([sample])).logits[0] for sample in samples])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_sequence_lengths_without_restarting_positions_are_refused():
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q=\[0, 2, 4\] .* position_ids"):
+        tiny_model()(input_ids=torch.tensor([[1, 2, 1, 2]]), cu_seq_lens_q=torch.tensor([0, 2, 4]))
