@@ -429,11 +429,11 @@ class Inputs:
             check_axes(config, "position_ids", position_ids.shape[0] if position_ids.ndim == 3 else 1, not images.empty)
             position_ids = axes_last(position_ids)
         text_ids = None if input_ids is None or inputs_embeds is not None else word_ids(config, input_ids)
+        given = input_ids if inputs_embeds is None else inputs_embeds
         if images.empty:
-            given = input_ids if inputs_embeds is None else inputs_embeds
             if inputs_embeds is None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
                 _refuse_placeholders(config, input_ids)
-            if inputs_embeds is None and attention_mask is None and restarts(position_ids):
+            if inputs_embeds is None and attention_mask is None and restarts(position_ids) and not past_length:
                 return cls(PackedLayout.flattened(position_ids), text_ids)
             shape, device = given.shape[:2], given.device
             layout = PackedLayout.text(*shape, attention_mask, position_ids, past_length, device)
