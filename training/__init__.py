@@ -3,7 +3,6 @@
 """Training: streams of rows to packs, and a `Trainer` for them. Needs the extra `train`."""
 
 from .data import (
-    ConversationCollator,
     DataSource,
     PackedDataset,
     StreamedFiles,
@@ -17,7 +16,6 @@ from .trainer import BagelTrainer, BagelTrainingArguments
 __all__ = [
     "BagelTrainer",
     "BagelTrainingArguments",
-    "ConversationCollator",
     "DataSource",
     "PackedDataset",
     "StreamedFiles",

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from .data import ConversationCollator, PackedDataset
+from .data import PackedDataset
 from .latent_cache import LatentCache
 from .metering import Meter, count_entries, gen_siblings, is_in, matrices, pack_flops
 from .pictures import contact_sheet, track_picture
@@ -118,11 +118,14 @@ class BagelTrainingArguments(TrainingArguments):
 
 class BagelTrainer(Trainer):
     """
-    Trains `BagelForUnifiedMultimodal` on a [`PackedDataset`], or on rows with a [`ConversationCollator`].
+    Trains `BagelForUnifiedMultimodal` on a [`PackedDataset`], or on rows with `processor.collator()`.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, ...: as in `transformers.Trainer`; `args` are
             [`BagelTrainingArguments`]. A `PackedDataset` must be endless (`epochs=None`); training ends at `max_steps`.
+
+    Raises:
+        ValueError: `processing_class` is the processor of another model, or `args` do not fit.
     """
 
     args: BagelTrainingArguments
@@ -137,6 +140,8 @@ class BagelTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process: a pack cannot be split. Start one process per GPU "
                 "(`accelerate launch`), or choose one with CUDA_VISIBLE_DEVICES."
             )
+        if hasattr(self.processing_class, "check_model"):
+            self.processing_class.check_model(self.model.config)
         set_loss(self.model.config, self.args)
         freeze(self.model, self.args)
         self.ema = None
@@ -155,8 +160,12 @@ class BagelTrainer(Trainer):
         if isinstance(self.train_dataset, PackedDataset):
             self.train_dataset.report = True
             self.args.ignore_data_skip = True  # the loader's state goes on where it was; nothing is to be skipped
-        if isinstance(self.data_collator, ConversationCollator):
+        if self._collates_rows():
             self.data_collator.report = True
+
+    def _collates_rows(self) -> bool:
+        """`processor.collator()` makes the packs. Its class has a copy per folder that a processor was loaded from."""
+        return getattr(self.data_collator, "makes_packs", False)
 
     # ---- data
 
@@ -206,7 +215,7 @@ class BagelTrainer(Trainer):
                 pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
                 prefetch_factor=args.dataloader_prefetch_factor if workers else None,
                 multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
-                generator=torch.Generator(),  # making an iterator draws a number: not from the generator of the noise
+                generator=torch.Generator(),  # making an iterator takes a number: not from the generator of the noise
             )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device):
@@ -309,9 +318,7 @@ class BagelTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Loss, ce and mse over all packs. Noise and timesteps are the same every time, and training's stay its own."""
-        if not isinstance(getattr(dataloader, "dataset", None), PackedDataset) and not isinstance(
-            self.data_collator, ConversationCollator
-        ):
+        if not isinstance(getattr(dataloader, "dataset", None), PackedDataset) and not self._collates_rows():
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
