@@ -54,6 +54,9 @@ GEN_EXPERT, VISION, LATENTS, VAE, LANGUAGE = PARTS
 # Special ids with a row of their own in the embedding table; the places of pictures need none.
 EMBEDDED_IDS = ("bos_token_id", "eos_token_id", "vision_start_token_id", "vision_end_token_id")
 
+# What `BagelModel` does not have.
+HEADS = r"^(language_model\.lm_head|llm2vae)\."
+
 # Tables that older code stored along and that every model computes for itself.
 COMPUTED_TABLES = r"rotary_emb\.inv_freq$"
 
@@ -409,9 +412,9 @@ def ids_outside(ids: Mapping[str, Any], rows: int) -> dict[str, int | list[int]]
     return {name: value for name, value in found.items() if max(value if isinstance(value, list) else [value]) >= rows}
 
 
-def switched_off_parts(config: PreTrainedConfig) -> list[str]:
-    """Patterns of the tensors that a checkpoint may hold although a model of this config has no place for them."""
-    parts = []
+def switched_off_parts(config: PreTrainedConfig, has_heads: bool = True) -> list[str]:
+    """Patterns of tensors that a checkpoint may hold although a model of this config does not have them."""
+    parts = [] if has_heads else [HEADS]
     if config.text_config.layer_module == "Qwen2DecoderLayer":
         parts.append(PARTS[GEN_EXPERT])
     if not config.visual_und:
@@ -439,7 +442,7 @@ def check_tensors(
     stored = {to_module_name(name, config.vae_config): (name, tensor) for name, tensor in tensors.items()}
     missing = [name for name in expected.shapes if name not in stored and name not in expected.tied]
     missing = [name for name in missing if not re.search(ROTARY_TABLES, name)]
-    foreign = _foreign([name for name in stored if name not in expected.shapes], config)
+    foreign = _foreign([name for name in stored if name not in expected.shapes], config, model_class)
     mismatched = {}
     for name in expected.shapes.keys() & stored.keys():
         shape = to_module_shape(name, stored[name][1].info.shape)
@@ -457,8 +460,9 @@ def check_tensors(
     raise ValueError(" ".join([f"{where} does not hold the model that the config describes.", *problems]))
 
 
-def _foreign(unexpected: Iterable[str], config: PreTrainedConfig) -> list[str]:
-    tolerated = re.compile("|".join([COMPUTED_TABLES, *switched_off_parts(config)]))
+def _foreign(unexpected: Iterable[str], config: PreTrainedConfig, model_class: type[nn.Module]) -> list[str]:
+    parts = switched_off_parts(config, getattr(model_class, "has_heads", True))
+    tolerated = re.compile("|".join([COMPUTED_TABLES, *parts]))
     return sorted(name for name in unexpected if not tolerated.search(name))
 
 
@@ -716,7 +720,7 @@ def refuse_missing_weights(
     missing = sorted(name for name in info["missing_keys"] if not re.search(ROTARY_TABLES, name))
     problems = [] if of_adapter else _describe_missing(missing, model.state_dict())
     as_stored = getattr(model, "hf_quantizer", None) is None and kwargs.get("key_mapping") is None
-    if as_stored and not of_adapter and (foreign := _foreign(info["unexpected_keys"], model.config)):
+    if as_stored and not of_adapter and (foreign := _foreign(info["unexpected_keys"], model.config, type(model))):
         problems += _describe_foreign(foreign, model.config)
     if unfilled := _unfilled(model):
         problems.append(f"{len(unfilled)} tensors were given no memory while loading: {_some(unfilled)}.")

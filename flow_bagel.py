@@ -1,17 +1,29 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The flow between noise and picture as pure functions of tensors; knows no model, no tokens, no scheduler.
+"""The flow between noise and image: time grid, velocity, guidance, and the sampler; knows no model, no tokens.
 
-t = 1 is noise, t = 0 is the picture. The velocity points from picture to noise, v = dx/dt = noise - picture, so an
-integration step towards the picture subtracts: x <- x - v * dt.
+t = 1 is noise, t = 0 is the image. The velocity points from image to noise, v = dx/dt = noise - image, so a step
+towards the image subtracts: x <- x - v * dt. The sampler draws with any model that has a `predict_velocity`.
 
-Axes of the guidance functions: (samples, latent tokens, features).
+Axes: (samples, latent tokens, features).
 """
 
-from typing import Literal
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+from torch import nn
+from transformers.utils import logging
 
+from .configuration_bagel import BagelVAEConfig
+
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "pt", "latent")
 
 RenormType = Literal["global", "channel", "text_channel"]
 RENORM_TYPES = ("global", "channel", "text_channel")
@@ -67,15 +79,15 @@ def guide(
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Classifier-free guidance over text and over pictures, with the released renormalisation.
+    Classifier-free guidance over text and over images, with the released renormalisation.
 
     Args:
         v_cond: velocity under the whole context, (samples, tokens, features).
         v_text: velocity without the last text; `None` = no guidance at all.
-        v_image: velocity without pictures; `None` = no picture guidance.
+        v_image: velocity without images; `None` = no image guidance.
         text_scale, image_scale (`float`): weights; 1 is neutral.
         renorm_type: the length of the guided velocity is brought back to at most that of `v_cond`:
-            `"global"` over a whole sample, `"channel"` per token, `"text_channel"` per token and before picture
+            `"global"` over a whole sample, `"channel"` per token, `"text_channel"` per token and before image
             guidance is added (which then is not renormalised).
         renorm_min (`float`): smallest factor.
         valid: (samples, tokens) bool, `False` for padding, which has no say in a sample's norm, whatever it holds.
@@ -116,3 +128,252 @@ def unpatchify_latents(tokens: torch.Tensor, grid: tuple[int, int], patch_size: 
     h, w = grid
     cells = tokens.unflatten(1, (patch_size, patch_size, -1)).unflatten(0, (h, w))  # (h, w, p, q, c)
     return cells.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """
+    How an image is drawn; names and defaults of the released sampler.
+
+    A model brings other defaults of `num_timesteps`, `timestep_shift`, `cfg_*` and `sample_posterior` along in its
+    `generation_config.json`, as it does for writing; arguments of `generate` come before those.
+
+    Args:
+        num_timesteps (`int`): knots of the time grid; the network runs `num_timesteps - 1` steps.
+        timestep_shift (`float`): moves the knots towards noise.
+        cfg_text_scale, cfg_img_scale (`float`): guidance weights; text guidance of at most 1 switches both off.
+        cfg_interval: guidance acts where `lo < t <= hi` (t = 1 is noise).
+        cfg_renorm_min (`float`), cfg_renorm_type: see [`flow_bagel.guide`].
+        height, width (`int`, or one per sample): pixels; by default those of the last edited image, else 1024 (or
+            the largest the latent table allows).
+        latents: initial noise, per sample (latent tokens, patch_latent_dim).
+        generator: a `torch.Generator` or one per sample; noise is drawn on the CPU.
+        sample_posterior (`bool`): sample the VAE posterior of edited images (released) or take its mode.
+        scheduler: any diffusers flow-match scheduler; Euler by default. One that accepts `sigmas` is given the
+            released grid (its own shift, if it has one, comes on top).
+        callback_on_step_end: `f(model, step, t, {"latents", "velocity"})`; may return a dict with new `latents`.
+        output_type: `"pil"`, `"pt"` (3, height, width) in [0, 1], or `"latent"` (latent tokens, patch_latent_dim).
+        progress_bar (`bool`): show the steps.
+    """
+
+    num_timesteps: int = 50
+    timestep_shift: float = 3.0
+    cfg_text_scale: float = 4.0
+    cfg_img_scale: float = 1.5
+    cfg_interval: tuple[float, float] = (0.4, 1.0)
+    cfg_renorm_min: float = 0.0
+    cfg_renorm_type: RenormType = "global"
+    height: int | Sequence[int] | None = None
+    width: int | Sequence[int] | None = None
+    latents: torch.Tensor | Sequence[torch.Tensor] | None = None
+    generator: torch.Generator | list[torch.Generator] | None = None
+    sample_posterior: bool = True
+    scheduler: Any = None
+    callback_on_step_end: Callable | None = None
+    output_type: str = "pil"
+    progress_bar: bool = True
+
+    def __post_init__(self):
+        lo, hi = self.cfg_interval
+        if not lo <= hi:
+            raise ValueError(f"cfg_interval=({lo}, {hi}) is reversed; guidance acts where lo < t <= hi.")
+        if self.num_timesteps < 2:
+            raise ValueError(
+                f"num_timesteps={self.num_timesteps} gives no step; it counts the knots, so use at least 2."
+            )
+        if self.timestep_shift <= 0:
+            raise ValueError(f"timestep_shift={self.timestep_shift} must be positive; 1 leaves the grid even.")
+        if self.cfg_renorm_type not in RENORM_TYPES:
+            raise ValueError(f"cfg_renorm_type={self.cfg_renorm_type!r} is unknown; choose one of {RENORM_TYPES}.")
+        if not 0 <= self.cfg_renorm_min <= 1:
+            raise ValueError(f"cfg_renorm_min={self.cfg_renorm_min} must lie in [0, 1].")
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={self.output_type!r} is unknown; choose one of {OUTPUT_TYPES}.")
+        if self.cfg_img_scale > 1 >= self.cfg_text_scale:
+            logger.warning_once(
+                f"cfg_img_scale={self.cfg_img_scale} has no effect without cfg_text_scale > 1 (it is "
+                f"{self.cfg_text_scale}), as in the released sampler."
+            )
+
+    def of_row(self, row: int) -> "DrawingOptions":
+        """The options of one sample of a batch."""
+        if self.latents is not None:
+            raise ValueError(
+                "latents cannot be given for interleaved generation; use generator for reproducible images."
+            )
+        values = {name: getattr(self, name) for name in ("height", "width", "generator")}
+        own = {name: value[row] for name, value in values.items() if isinstance(value, list | tuple)}
+        return replace(self, **own)
+
+
+DRAWING_ARGUMENTS = tuple(field.name for field in fields(DrawingOptions))
+STORED_ARGUMENTS = tuple(  # those that a generation config may hold
+    name
+    for name in DRAWING_ARGUMENTS
+    if name.startswith("cfg_") or name in ("num_timesteps", "timestep_shift", "sample_posterior")
+)
+
+
+class VelocityModel(Protocol):
+    """What the sampler calls on a model."""
+
+    def predict_velocity(self, x_t: torch.Tensor, t: torch.Tensor, context: Any) -> torch.Tensor:
+        """
+        Args:
+            x_t: (samples, latent tokens, features) at time t. t: scalar. context: one of [`Branches`].
+
+        Returns:
+            The velocity, like `x_t`.
+        """
+        ...
+
+
+class Branches(NamedTuple):
+    """
+    The contexts of guidance, in whatever form the model wants them. Equal contexts are one object: its velocity is
+    computed once.
+
+    Attributes:
+        full: everything. without_text: without the last text. without_images: without images.
+    """
+
+    full: Any
+    without_text: Any
+    without_images: Any
+
+
+def integrate(
+    model: VelocityModel,
+    branches: Branches,
+    x: torch.Tensor,
+    options: "DrawingOptions",
+    valid: torch.BoolTensor | None = None,
+) -> torch.Tensor:
+    """
+    From noise (t = 1) to images (t = 0).
+
+    Args:
+        x: (samples, latent tokens, features) float32 noise, padded to the largest sample.
+        valid: (samples, latent tokens), `False` for padding.
+
+    Returns:
+        The final latents, like `x`.
+    """
+    scheduler, times = prepare_scheduler(options, x.device)
+    guided = guided_steps(times, options.cfg_interval)
+    steps = logging.tqdm(
+        enumerate(scheduler.timesteps),
+        total=len(scheduler.timesteps),
+        desc="Drawing",
+        unit="step",
+        disable=not options.progress_bar,
+    )
+    for step, timestep in steps:
+        t = times[step]
+        v = guided_velocity(model, branches, x, t, options, guided[step], valid)
+        x = scheduler.step(v, timestep, x, return_dict=False)[0]
+        if options.callback_on_step_end is not None:
+            changed = options.callback_on_step_end(model, step, t, {"latents": x, "velocity": v}) or {}
+            x = changed.get("latents", x)
+    return x
+
+
+def guided_velocity(
+    model: VelocityModel,
+    branches: Branches,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    options: "DrawingOptions",
+    is_guided: bool,
+    valid: torch.BoolTensor | None = None,
+) -> torch.Tensor:
+    """The velocity of one step; a branch is evaluated only if its weight is not neutral."""
+    v_cond, v_text, v_image = model.predict_velocity(x, t, branches.full), None, None
+
+    def evaluate(context: Any) -> torch.Tensor:
+        return v_cond if context is branches.full else model.predict_velocity(x, t, context)
+
+    if is_guided and options.cfg_text_scale > 1:
+        v_text = evaluate(branches.without_text)
+        if options.cfg_img_scale > 1:
+            v_image = evaluate(branches.without_images)
+    scales = (options.cfg_text_scale, options.cfg_img_scale)
+    return guide(v_cond, v_text, v_image, *scales, options.cfg_renorm_type, options.cfg_renorm_min, valid)
+
+
+def initial_noise(shapes: Sequence[tuple[int, int]], options: "DrawingOptions") -> torch.Tensor:
+    """
+    The caller's latents, or noise from the caller's generators, made on the CPU.
+
+    Args:
+        shapes: (latent tokens, features) of each sample.
+
+    Returns:
+        (samples, most latent tokens, features) float32, zero-padded.
+
+    Raises:
+        ValueError: latents of other shapes, another number of generators than samples.
+    """
+    if options.latents is not None:
+        one = torch.is_tensor(options.latents) and options.latents.ndim == 2
+        noise = [options.latents] if one else list(options.latents)
+        found = [tuple(sample.shape) for sample in noise]
+        if found != list(shapes):
+            raise ValueError(
+                f"latents have shapes {found}, expected {list(shapes)}: (latent tokens, patch_latent_dim) per sample."
+            )
+    else:
+        generators = options.generator
+        if not isinstance(generators, list | tuple):
+            generators = [generators] * len(shapes)
+        if len(generators) != len(shapes):
+            raise ValueError(f"{len(generators)} generators for {len(shapes)} samples; pass one, or one per sample.")
+        noise = [torch.randn(shape, generator=generator) for shape, generator in zip(shapes, generators)]
+    return nn.utils.rnn.pad_sequence([sample.float() for sample in noise], batch_first=True)
+
+
+def prepare_scheduler(options: DrawingOptions, device: torch.device):
+    """-> scheduler with its time steps set, and the network's t for each of them (float32, 1 = noise)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    knots = timestep_grid(options.num_timesteps, options.timestep_shift)
+    if options.scheduler is None:
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=knots[:-1].tolist(), device=device)
+        return scheduler, knots[:-1].to(device)
+    scheduler = copy.deepcopy(options.scheduler)  # a run leaves no state in the caller's object
+    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(sigmas=knots[:-1].tolist(), device=device)
+    else:
+        scheduler.set_timesteps(len(knots) - 1, device=device)
+    return scheduler, scheduler.timesteps.float() / scheduler.config.num_train_timesteps
+
+
+def build_vae(config: BagelVAEConfig) -> nn.Module:
+    """`diffusers.AutoencoderKL` with the architecture of the released autoencoder."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ImportError(
+            "Drawing pictures needs diffusers (`pip install diffusers`). Without it, load with stage=1 to read only."
+        ) from error
+    levels = len(config.ch_mult)
+    return AutoencoderKL(
+        in_channels=config.in_channels,
+        out_channels=config.out_ch,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.ch * multiplier for multiplier in config.ch_mult),
+        layers_per_block=config.num_res_blocks,
+        latent_channels=config.z_channels,
+        norm_num_groups=config.norm_num_groups,
+        sample_size=config.resolution,
+        scaling_factor=config.scale_factor,
+        shift_factor=config.shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )

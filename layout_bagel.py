@@ -1,11 +1,12 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The one rule: which token sees which, at which position, and which expert handles it; knows ids and columns only.
+"""The attention rule: which token sees which, at which position, as columns per token; knows ids and columns only.
 
 Axes: (batch, length). A packed training sequence is a batch of one row that holds many samples; a padded batch holds
 one sample per row. Both are the same seven columns.
 
-A text question about a picture, then a picture to be drawn (t text, i ViT, n noisy latents, boundary tokens included):
+A text, an image that is read, a text, then an image that is drawn (t text, i ViT, n noisy latents; boundary tokens are
+included):
 
     token        t  i  i  i  t  t  n  n  n
     span         0  1  1  1  2  2  3  3  3
@@ -20,9 +21,9 @@ A text question about a picture, then a picture to be drawn (t text, i ViT, n no
                                                 n  x x x x x x x x x
                                                 n  x x x x x x x x x
 
-With three positions per token (`mrope_section`) text has equal ones and a picture those of its grid, from where it
-stands; vision_start stands there too, vision_end at the grid's farther side, and what follows goes on from there. A
-picture of 2 rows and 3 columns (s, e = vision_start, vision_end):
+With three positions per token (`mrope_section`) a text token has three equal ones, and an image token adds its row and
+column in the grid. vision_start has the first position of the image, vision_end its last (the longer side of the grid),
+and the next token follows that. An image of 2 rows and 3 columns (s, e = vision_start, vision_end):
 
     token        t  s  i  i  i  i  i  i  e  t
     time         0  1  1  1  1  1  1  1  3  4
@@ -31,7 +32,7 @@ picture of 2 rows and 3 columns (s, e = vision_start, vision_end):
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -39,12 +40,14 @@ import torch
 from torch import nn
 
 
-# CPU kernels are compiled for every new size (milliseconds each, and packs have ever new ones), so there sizes of large
-# packs are rounded up with fillers that nothing reads.
+# On CPUs, oneDNN compiles a kernel for every new matrix size (milliseconds each), and every pack has new sizes. There,
+# sizes of large packs are rounded up with filler tokens that no other token reads.
 ROWS_STEP, LENGTH_STEP, SAMPLES_STEP = 64, 16, 4
 ROUNDED_FROM = 512  # tokens
+Grid = tuple[int, int]  # rows and columns of an image, in tokens
+
 PADDING = -1  # sample id of padding: it sees only padding, so no row of a mask is ever empty
-UNUSED = -2  # sample id of cache places that nothing has been written to
+UNUSED = -2  # sample id of cache entries that nothing has been written to
 
 
 def visible(q_index, k_index, same_sample, same_span, bidirectional_k, noisy_k):
@@ -64,7 +67,7 @@ class Columns:
         past, free = layout.past_length, key_length - layout.past_length - layout.length
         if free < 0:
             raise ValueError(
-                f"{layout.past_length} cached and {layout.length} new tokens do not fit {key_length} key places."
+                f"{layout.past_length} cached and {layout.length} new tokens do not fit {key_length} keys."
             )
 
         def extend(column: torch.Tensor, before, after) -> torch.Tensor:
@@ -94,9 +97,8 @@ class PackedLayout:
         position_ids: rotary position, or (batch, length, 3) time, height and width.
         past_length: tokens in the cache before these.
         past_valid: (batch, past_length) bool, `False` for padding in the cache; `None` = all valid.
-        causal: known without looking at the columns: plain causal text, one sample per row, no expert `gen`.
-        isolated: known without looking: every valid query sees every valid key (a block that is being drawn).
-        routing: who computes what, from `gen`; made once, so the steps of a drawing share it.
+        causal: the caller knows that this is plain causal text, one sample per row, without gen tokens.
+        unmasked: the caller knows that every valid query sees every valid key (the block of an image that is drawn).
     """
 
     sample_ids: torch.LongTensor
@@ -108,11 +110,7 @@ class PackedLayout:
     past_length: int = 0
     past_valid: torch.BoolTensor | None = None
     causal: bool = False
-    isolated: bool = False
-    routing: "Routing" = field(init=False)
-
-    def __post_init__(self):
-        object.__setattr__(self, "routing", Routing.of(None if self.causal else self.gen))
+    unmasked: bool = False
 
     @property
     def batch_size(self) -> int:
@@ -167,10 +165,10 @@ class PackedLayout:
         count as a sample. Reads the sample lengths on the host. On CPUs, batches of large packs have rounded sizes.
 
         Returns:
-            Per batch: `index` (samples, longest) of its tokens in the flattened (batch * length) places, 0 in padding;
-            and its layout, without cached tokens.
+            Per batch: `index` (samples, longest) of its tokens over (batch * length), 0 in padding; and its layout,
+            without cached tokens.
         """
-        rounded = _has_rounded_sizes(self.sample_ids)
+        rounded = rounds_sizes(self.sample_ids)
         row = torch.arange(self.batch_size, device=self.sample_ids.device)[:, None]
         names = torch.where(self.valid, self.sample_ids + row * self.length, PADDING).flatten()
         names, counts = names.unique_consecutive(return_counts=True)
@@ -211,11 +209,11 @@ class PackedLayout:
         `attention_mask` is (batch, past + length), 0 = padding; a finished 4-D mask says nothing about padding and is
         not read here. Without `position_ids`, tokens are counted, padding left out.
         """
-        valid, past_valid = _split_attention_mask(attention_mask, batch_size, length, past_length)
+        valid, past_valid = split_attention_mask(attention_mask, batch_size, length, past_length)
         zeros = torch.zeros(batch_size, length, dtype=torch.long, device=device)
         off = zeros.bool()
         if position_ids is None and valid is not None:
-            position_ids = _count(attention_mask.long())[:, -length:]
+            position_ids = count_positions(attention_mask.long())[:, -length:]
         elif position_ids is None:
             position_ids = torch.arange(length, device=device)[None] + past_length
         return cls(
@@ -231,40 +229,10 @@ class PackedLayout:
         )
 
     @classmethod
-    def from_input_ids(
-        cls,
-        places: "ImagePlaces",
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_length: int = 0,
-        grids: torch.LongTensor | None = None,
-    ) -> "PackedLayout":
-        """
-        Text and clean pictures, one sample per row, as marked in `input_ids`.
-
-        A picture is one bidirectional span, boundary tokens included. Without `position_ids` they are counted, see
-        [`ImagePlaces.positions`], which `grids` are for.
-        """
-        batch_size, length = places.image.shape
-        plain = cls.text(batch_size, length, attention_mask, position_ids, past_length, places.image.device)
-        valid = plain.valid
-        if position_ids is None:
-            position_ids = places.positions(valid.long(), grids)
-            if past_length:
-                raise ValueError(
-                    "Pictures on top of a cache need position_ids: a cached picture takes one position for all of its "
-                    "tokens, so the next position does not follow from the cache length."
-                )
-        return cls(
-            sample_ids=plain.sample_ids,
-            span_ids=places.span_ids,
-            bidirectional=places.in_image & valid,
-            noisy=plain.noisy,
-            gen=places.latent & valid,
-            position_ids=position_ids.expand(batch_size, *position_ids.shape[1:]),
-            past_length=past_length,
-            past_valid=plain.past_valid,
-        )
+    def flattened(cls, position_ids: torch.LongTensor) -> "PackedLayout":
+        """A row of several texts, whose positions start again from 0 with each: a flattened batch of transformers."""
+        text = cls.text(1, position_ids.shape[1], None, position_ids, 0, position_ids.device)
+        return replace(text, sample_ids=(position_ids == 0).long().cumsum(1) - 1, causal=False)
 
     @classmethod
     def from_packed(
@@ -280,7 +248,7 @@ class PackedLayout:
         """
         A training pack in the released vocabulary, as one row; `position_ids` may be (sequence_length, 3).
 
-        Splits are `"causal"` (text), `"full"` (clean picture) or `"noise"` (picture being learned). Without them the
+        Splits are `"causal"` (text), `"full"` (clean image) or `"noise"` (image being learned). Without them the
         spans are read off `nested_attention_masks` (per sample, bool True = sees, or float 0 = sees). A trailing split
         that only fills the pack up (as the released flex packs have) is cut off.
 
@@ -341,7 +309,7 @@ class PackedLayout:
         grids: Sequence[tuple[int, int]] | None = None,
     ) -> "PackedLayout":
         """
-        One picture per row that is being drawn: vision_start, its latents, vision_end, then padding.
+        One image per row that is being drawn: vision_start, its latents, vision_end, then padding.
 
         Args:
             num_latents: latent tokens of each row.
@@ -366,18 +334,12 @@ class PackedLayout:
             position_ids=position_ids,
             past_length=past_length,
             past_valid=past_valid,
-            isolated=True,
+            unmasked=True,
         )
 
 
-@dataclass(frozen=True)
-class ImagePlaces:
-    """
-    Where pictures stand in `input_ids`, all (batch, length).
-
-    Attributes:
-        image: ViT places. latent: VAE-latent places. start, end: the boundary tokens around them.
-    """
+class Placeholders(NamedTuple):
+    """Bool columns (batch, length): ViT placeholders, latent placeholders, and the boundary tokens of their images."""
 
     image: torch.BoolTensor
     latent: torch.BoolTensor
@@ -385,14 +347,14 @@ class ImagePlaces:
     end: torch.BoolTensor
 
     @classmethod
-    def of(
+    def find(
         cls, input_ids: torch.LongTensor, image_token_id: int, latent_token_id: int, start_id: int, end_id: int
-    ) -> "ImagePlaces":
-        """Boundary ids that enclose no place (a model may write them) stay text."""
+    ) -> "Placeholders":
+        """Boundary ids that enclose no placeholder (a model may write them) stay text."""
         image, latent = input_ids == image_token_id, input_ids == latent_token_id
-        place = image | latent
-        start = (input_ids == start_id) & nn.functional.pad(place[:, 1:], (0, 1))
-        end = (input_ids == end_id) & nn.functional.pad(place[:, :-1], (1, 0))
+        either = image | latent
+        start = (input_ids == start_id) & nn.functional.pad(either[:, 1:], (0, 1))
+        end = (input_ids == end_id) & nn.functional.pad(either[:, :-1], (1, 0))
         return cls(image, latent, start, end)
 
     @property
@@ -401,8 +363,17 @@ class ImagePlaces:
 
     @property
     def span_ids(self) -> torch.LongTensor:
-        """A text run and a picture each are a span; picture k has an odd number."""
+        """A text run and an image each are a span; image k has an odd number."""
         return self.start.long().cumsum(1) * 2 - self.in_image.long()
+
+    def merge_grids(self, image_grids: Sequence[Grid], latent_grids: Sequence[Grid]) -> torch.LongTensor:
+        """Grids of ViT and VAE images, each in their own order, as one (images, 2) in reading order."""
+        first = self.start.flatten().nonzero()[:, 0] + 1
+        is_latent = self.latent.flatten()[first]
+        merged = first.new_empty(len(first), 2)
+        for which, grids in ((~is_latent, image_grids), (is_latent, latent_grids)):
+            merged[which] = first.new_tensor(list(grids)).view(-1, 2)
+        return merged
 
     def positions(self, valid: torch.LongTensor, grids: torch.LongTensor | None = None) -> torch.LongTensor:
         """
@@ -410,179 +381,78 @@ class ImagePlaces:
 
         Args:
             valid: (batch, length), 0 = padding.
-            grids: (pictures, 2) rows and columns of all pictures in reading order, for tokens with three positions; see
-                [`~ImagePlaces.merge_grids`].
+            grids: (images, 2) rows and columns of all images in reading order, for tokens with three positions.
 
         Returns:
-            (batch, length), one position per text token and one per picture; with `grids` (batch, length, 3), see the
-            second table at the top of the file.
+            (batch, length), one position per text token and one per image; with `grids` (batch, length, 3), see the
+            second table at the top of `layout_bagel.py`.
         """
         opens = (~self.in_image | self.start).long()
         if grids is None:
-            return _count(valid * opens) * valid
-        picture = (self.start.flatten().cumsum(0) - 1).clamp(min=0).view_as(opens)  # number of the last one opened
-        rows, columns = nn.functional.pad(grids, (0, 0, 0, 1), value=1)[picture].unbind(-1)
-        time = _count(valid * torch.where(self.end, torch.maximum(rows, columns) - 1, opens))
+            return count_positions(valid * opens) * valid
+        image = (self.start.flatten().cumsum(0) - 1).clamp(min=0).view_as(opens)  # number of the last one opened
+        rows, columns = nn.functional.pad(grids, (0, 0, 0, 1), value=1)[image].unbind(-1)
+        time = count_positions(valid * torch.where(self.end, torch.maximum(rows, columns) - 1, opens))
         index = torch.arange(opens.shape[1], device=opens.device)
-        inner = index - 1 - torch.where(self.start, index, 0).cummax(1).values  # of a place in its picture
+        inner = index - 1 - torch.where(self.start, index, 0).cummax(1).values  # of a placeholder in its image
         inner = torch.where(self.image | self.latent, inner, 0)
         return torch.stack([time, time + inner // columns, time + inner % columns], dim=-1) * valid[..., None]
 
-    def merge_grids(
-        self, image_grids: Sequence[tuple[int, int]], latent_grids: Sequence[tuple[int, int]]
-    ) -> torch.LongTensor:
+    def check(self, image_lengths: Sequence[int], latent_lengths: Sequence[int]) -> None:
         """
-        Rows and columns of ViT and VAE pictures, each in their own order, as one (pictures, 2) in reading order.
+        Compare the placeholders, in reading order over the batch, with the images that come with them.
 
         Raises:
-            ValueError: as [`~ImagePlaces.check`].
+            ValueError: placeholders without boundaries, more or fewer runs than images, a run of another length.
         """
-        self.check(*([rows * columns for rows, columns in grids] for grids in (image_grids, latent_grids)))
-        first = self.start.flatten().nonzero()[:, 0] + 1
-        is_latent = self.latent.flatten()[first]
-        merged = first.new_empty(len(first), 2)
-        for which, grids in ((~is_latent, image_grids), (is_latent, latent_grids)):
-            merged[which] = first.new_tensor(grids).view(-1, 2)
-        return merged
-
-    def check(self, image_lengths: list[int], latent_lengths: list[int]) -> None:
-        """
-        Compare the marked places, in reading order over the batch, with what the image tensors hold.
-
-        Raises:
-            ValueError: a run of places without boundaries, more or fewer runs than pictures, a run of another length.
-        """
-        for name, place, lengths, tensor in (
+        for name, column, lengths, tensor in (
             ("image_token_id", self.image, image_lengths, "image_grid_hw"),
             ("latent_token_id", self.latent, latent_lengths, "latent_image_sizes"),
         ):
-            if not lengths and not bool(place.any()):
-                continue
-            before = nn.functional.pad(place[:, :-1], (1, 0))
-            after = nn.functional.pad(place[:, 1:], (0, 1))
-            first, last = (place & ~before).nonzero(), (place & ~after).nonzero()
-            if len(first) != len(lengths):
+            if lengths or bool(column.any()):
+                self._check_runs(name, column, lengths, tensor)
+
+    def _check_runs(self, name: str, column: torch.BoolTensor, lengths: Sequence[int], tensor: str) -> None:
+        before, after = nn.functional.pad(column[:, :-1], (1, 0)), nn.functional.pad(column[:, 1:], (0, 1))
+        first, last = (column & ~before).nonzero(), (column & ~after).nonzero()
+        if len(first) != len(lengths):
+            raise ValueError(
+                f"input_ids mark {len(first)} images with {name}, but {tensor} describes {len(lengths)}. "
+                "Pass one image per mark (the processor writes the marks from its `images`)."
+            )
+        runs = (last[:, 1] - first[:, 1] + 1).tolist()
+        for number, (run, expected) in enumerate(zip(runs, lengths)):
+            if run != expected:
                 raise ValueError(
-                    f"input_ids mark {len(first)} pictures with {name}, but {tensor} describes {len(lengths)}. "
-                    "Pass one image per mark (the processor writes the marks from its `images`)."
+                    f"Image {number} has {run} placeholders {name} in input_ids, but {tensor} says {expected}."
                 )
-            runs = (last[:, 1] - first[:, 1] + 1).tolist()
-            for number, (run, expected) in enumerate(zip(runs, lengths)):
-                if run != expected:
-                    raise ValueError(
-                        f"Picture {number} takes {run} places of {name} in input_ids, but {tensor} says {expected}."
-                    )
-            opened = nn.functional.pad(self.start[:, :-1], (1, 0))[first[:, 0], first[:, 1]]
-            closed = nn.functional.pad(self.end[:, 1:], (0, 1))[last[:, 0], last[:, 1]]
-            if not bool((opened & closed).all()):
-                row, column = first[~(opened & closed)][0].tolist()
-                raise ValueError(
-                    f"The places of {name} from row {row}, column {column} are not enclosed by vision_start_token_id "
-                    "and vision_end_token_id (was the prompt truncated?)."
-                )
+        opened = nn.functional.pad(self.start[:, :-1], (1, 0))[first[:, 0], first[:, 1]]
+        closed = nn.functional.pad(self.end[:, 1:], (0, 1))[last[:, 0], last[:, 1]]
+        if not bool((opened & closed).all()):
+            row, column_index = first[~(opened & closed)][0].tolist()
+            raise ValueError(
+                f"The placeholders {name} from row {row}, column {column_index} are not enclosed by "
+                "vision_start_token_id and vision_end_token_id (was the prompt truncated?)."
+            )
 
 
-class _StopGradient(torch.autograd.Function):
-    """Passes values, gives zeros back: released `freeze_und` leaves zero gradients, not absent ones."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.zeros_like(grad)
-
-
-class Routing(NamedTuple):
-    """
-    Which tokens run through which expert. Hidden states are (batch, length, ...) in `order`.
-
-    With tokens of both kinds, `order` holds every token as one row (1, batch * length, ...), understanding first, so
-    that each expert works on one contiguous slice; attention puts them back with `restore`. With text and ViT tokens
-    alone nothing is moved. On CPUs the slices of large packs have rounded sizes: some tokens stand in `order` again, as
-    fillers that `restore` leaves out.
-
-    Attributes:
-        order: flat token indexes, understanding first; `None` = nothing is moved.
-        inverse: (batch * length,) the way back.
-        num_und: tokens of the understanding expert along dim 1; `None` = all.
-        shape: (batch, length) before sorting.
-        touch_gen: run the generation expert on its empty slice, so that its parameters take part in the backward pass
-            (their gradients are zero; data-parallel training waits for every parameter).
-        freeze_und: no gradient through the understanding expert.
-    """
-
-    order: torch.LongTensor | None = None
-    inverse: torch.LongTensor | None = None
-    num_und: int | None = None
-    shape: tuple[int, int] | None = None
-    touch_gen: bool = False
-    freeze_und: bool = False
-
-    @classmethod
-    def of(cls, gen: torch.BoolTensor | None) -> "Routing":
-        """`gen` is the layout's column, `None` when it is known to be empty."""
-        if gen is None or (num_gen := int(gen.sum())) == 0:
-            return cls(touch_gen=torch.is_grad_enabled())
-        order = torch.argsort(gen.flatten().to(torch.uint8), stable=True)
-        inverse, num_und = torch.argsort(order), gen.numel() - num_gen
-        if _has_rounded_sizes(gen):
-            und, gen_order = order.split([num_und, num_gen])
-            fillers = -num_und % ROWS_STEP
-            order = torch.cat([und, order[:1].expand(fillers), gen_order, order[-1:].expand(-num_gen % ROWS_STEP)])
-            inverse, num_und = inverse + fillers * (inverse >= num_und), num_und + fillers
-        return cls(order, inverse, num_und, tuple(gen.shape))
-
-    def sort(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, length, ...) -> (1, tokens and fillers, ...) by expert."""
-        return hidden if self.order is None else hidden.flatten(0, 1)[self.order.to(hidden.device)][None]
-
-    def restore(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The inverse of `sort`."""
-        return hidden if self.order is None else hidden[0][self.inverse.to(hidden.device)].unflatten(0, self.shape)
-
-    def freeze(self, hidden_und: torch.Tensor) -> torch.Tensor:
-        """Stop the gradient of understanding tokens, if `freeze_und`."""
-        return _StopGradient.apply(hidden_und) if self.freeze_und else hidden_und
-
-    def freeze_und_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The same for the understanding slice of sorted hidden states."""
-        if not self.freeze_und or self.order is None:
-            return self.freeze(hidden)
-        return torch.cat([self.freeze(hidden[:, : self.num_und]), hidden[:, self.num_und :]], dim=1)
-
-    def run(self, hidden: torch.Tensor, und: nn.Module, gen: nn.Module | None) -> torch.Tensor:
-        """Each expert on its slice. `gen=None` is a module that both kinds share."""
-        if gen is None:
-            return und(hidden)
-        if self.order is None:
-            out = self.freeze(und(hidden))
-            return torch.cat([out, gen(hidden[:, :0])], dim=1) if self.touch_gen else out
-        return torch.cat([self.freeze(und(hidden[:, : self.num_und])), gen(hidden[:, self.num_und :])], dim=1)
-
-
-def _has_rounded_sizes(column: torch.Tensor) -> bool:
+def rounds_sizes(column: torch.Tensor) -> bool:
+    """Whether this many tokens are computed at rounded sizes (CPUs, large packs)."""
     return column.device.type == "cpu" and column.numel() >= ROUNDED_FROM
 
 
 def grid_block_positions(rows: int, columns: int) -> torch.LongTensor:
-    """Time, height and width of a picture with its boundary tokens, from 0: (rows * columns + 2, 3)."""
+    """Time, height and width of an image with its boundary tokens, from 0: (rows * columns + 2, 3)."""
     grid = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), torch.arange(rows), torch.arange(columns))
     return torch.cat([torch.zeros(1, 3, dtype=torch.long), grid, torch.full((1, 3), max(rows, columns) - 1)])
 
 
-def picture_rows(place: torch.BoolTensor) -> list[int]:
-    """The row of each picture, in reading order: `place` (batch, length) marks one run of places per picture."""
-    return (place & ~nn.functional.pad(place[:, :-1], (1, 0))).nonzero()[:, 0].tolist()
-
-
 def check_cover(sequence_length: int, indexes: dict[str, torch.LongTensor | None], device: torch.device) -> None:
     """
-    Every place of a pack is filled exactly once.
+    Every token of a pack is filled exactly once.
 
     Raises:
-        ValueError: an index outside the pack, a place filled twice, a place left empty.
+        ValueError: an index outside the pack, a token filled twice, a token left empty.
     """
     filled = torch.zeros(sequence_length, dtype=torch.long, device=device)
     for name, index in indexes.items():
@@ -596,19 +466,41 @@ def check_cover(sequence_length: int, indexes: dict[str, torch.LongTensor | None
         filled += torch.bincount(index, minlength=sequence_length)
     for wrong, word in ((filled > 1, "filled more than once"), (filled == 0, "not filled")):
         if bool(wrong.any()):
-            place = int(wrong.nonzero()[0])
+            first = int(wrong.nonzero()[0])
             raise ValueError(
-                f"Place {place} of the pack is {word} ({int(wrong.sum())} such places); {', '.join(indexes)} must "
+                f"Token {first} of the pack is {word} ({int(wrong.sum())} such tokens); {', '.join(indexes)} must "
                 f"together hold every index below sequence_length={sequence_length} exactly once."
             )
 
 
-def _count(advance: torch.LongTensor) -> torch.LongTensor:
-    """Positions from steps: the first step is position 0; places before any step are 0 too."""
+def count_positions(advance: torch.LongTensor) -> torch.LongTensor:
+    """Positions from steps: the first step is position 0; so is everything before it."""
     return (advance.cumsum(1) - 1).clamp(min=0)
 
 
-def _split_attention_mask(
+def next_position(position_ids: torch.LongTensor, keep: torch.BoolTensor) -> torch.LongTensor:
+    """(batch,) the position after the tokens that are kept; 0 after none."""
+    last = position_ids if position_ids.ndim == 2 else position_ids.amax(-1)
+    return torch.where(keep, last + 1, 0).amax(1)
+
+
+def axes_first(position_ids: torch.LongTensor) -> torch.LongTensor:
+    """(batch, length, 3) -> (3, batch, length), the public form; one position per token stays as it is."""
+    return position_ids.movedim(-1, 0) if position_ids.ndim == 3 else position_ids
+
+
+def axes_last(position_ids: torch.LongTensor) -> torch.LongTensor:
+    """The inverse of [`axes_first`]."""
+    return position_ids.movedim(0, -1) if position_ids.ndim == 3 else position_ids
+
+
+def restarts(position_ids: torch.LongTensor | None) -> bool:
+    """Whether a single row of positions starts again from 0."""
+    single = position_ids is not None and position_ids.ndim == 2 and position_ids.shape[0] == 1
+    return single and not torch.compiler.is_compiling() and bool((position_ids[:, 1:] == 0).any())
+
+
+def split_attention_mask(
     attention_mask: torch.Tensor | None, batch_size: int, length: int, past_length: int
 ) -> tuple[torch.BoolTensor | None, torch.BoolTensor | None]:
     if attention_mask is None or attention_mask.ndim != 2:

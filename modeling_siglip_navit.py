@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision tower: SigLIP over packed patches of several images of any grid. Knows no text and no other tower.
 
-Axes: (patches, features), images one after the other, `cu_seqlens` marking where each begins.
+Axes: (patches, features), images one after the other; `cu_seqlens` (images + 1,) says where each begins and where the
+last one ends.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,14 +18,15 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-from .configuration_bagel import BagelVisionConfig
-from .embeddings_bagel import RotaryEmbedding2D, read_table
-from .positions_bagel import (
-    LlamaVisionRotaryEmbedding,
-    Qwen3OmniMoeVisionRotaryEmbedding,
+from .configuration_bagel import BagelVisionConfig as SiglipVisionConfig
+from .embeddings_bagel import (
+    RotaryEmbedding2D,
     cos_sin,
-    turn_adjacent,
-    turn_halves,
+    llama_vision_angles,
+    qwen_vision_angles,
+    read_table,
+    rotate_halves,
+    rotate_pairs,
 )
 
 
@@ -35,7 +38,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bidirectional attention within one image: the definition that every kernel is compared with."""
     weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
@@ -51,7 +54,7 @@ class SiglipVisionEmbeddings(nn.Module):
     patches, features (row, column, channel): `convert_conv2d_to_linear` makes it, before or after loading.
     """
 
-    def __init__(self, config: BagelVisionConfig):
+    def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.config = config
         size = config.patch_size
@@ -60,7 +63,7 @@ class SiglipVisionEmbeddings(nn.Module):
         if self.learned:
             self.position_embedding = nn.Embedding(config.table_side**2, config.hidden_size)
 
-    def convert_conv2d_to_linear(self, config: BagelVisionConfig | None = None, meta: bool = False) -> None:
+    def convert_conv2d_to_linear(self, config: SiglipVisionConfig | None = None, meta: bool = False) -> None:
         """Replace the convolution by the linear layer that computes the same; `meta` leaves its weights unset."""
         conv = self.patch_embedding
         if isinstance(conv, nn.Linear):
@@ -93,9 +96,9 @@ def _flat_patch_weight(conv: nn.Conv2d) -> torch.Tensor:
 
 
 class SiglipAttention(nn.Module):
-    """Bidirectional attention inside each image of the pack."""
+    """The projections of an attention and their sizes; [`SiglipFlashAttention2`] runs them."""
 
-    def __init__(self, config: BagelVisionConfig):
+    def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -106,10 +109,18 @@ class SiglipAttention(nn.Module):
         for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
 
+
+class SiglipFlashAttention2(SiglipAttention):
+    """
+    Bidirectional attention inside each image of a pack, on the kernel that `attn_implementation` names.
+
+    The name is the released one; flash-attn is one of the kernels.
+    """
+
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cu_seqlens: torch.IntTensor,
+        cu_seqlens: torch.Tensor,
         lengths: list[int],
         max_seqlen: int,
         rotary: tuple[torch.Tensor, ...] | None,
@@ -119,29 +130,20 @@ class SiglipAttention(nn.Module):
             proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (patches, heads, head_dim)
         if rotary is not None:
-            query, key = (_TURNS[self.config.position_embedding](x, rotary) for x in (query, key))
+            query, key = (_ROTATIONS[self.config.position_embedding](x, rotary) for x in (query, key))
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, patches, head_dim)
         if not lengths:  # no image: nothing to attend to, and zero gradients for the projections
             return self.out_proj((query + key + value)[0].transpose(0, 1).flatten(1)), ()
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        options = {
+        options: dict[str, Any] = {
             "dropout": self.attention_dropout if self.training else 0.0,
             "scaling": self.scaling,
             "is_causal": False,
         }
         if is_flash_attention_requested(self.config):
-            output, weights = kernel(
-                self,
-                query,
-                key,
-                value,
-                None,
-                cu_seq_lens_q=cu_seqlens,
-                cu_seq_lens_k=cu_seqlens,
-                max_length_q=max_seqlen,
-                max_length_k=max_seqlen,
-                **options,
-            )
+            options |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+            options |= {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
+            output, weights = kernel(self, query, key, value, None, **options)
             return self.out_proj(output[0].flatten(1)), (weights,)
         if len(set(lengths)) == 1:  # pictures of one size: a batch
             query, key, value = (x[0].unflatten(1, (-1, lengths[0])).transpose(0, 1) for x in (query, key, value))
@@ -154,7 +156,9 @@ class SiglipAttention(nn.Module):
 
 
 class SiglipMLP(nn.Module):
-    def __init__(self, config: BagelVisionConfig):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -165,9 +169,11 @@ class SiglipMLP(nn.Module):
 
 
 class SiglipEncoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: BagelVisionConfig):
+    """Attention and MLP, each after a layer norm and added to its input."""
+
+    def __init__(self, config: SiglipVisionConfig):
         super().__init__()
-        self.self_attn = SiglipAttention(config)
+        self.self_attn = SiglipFlashAttention2(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SiglipMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -175,7 +181,7 @@ class SiglipEncoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cu_seqlens: torch.IntTensor,
+        cu_seqlens: torch.Tensor,
         lengths: list[int],
         max_seqlen: int,
         rotary: tuple[torch.Tensor, ...] | None,
@@ -187,36 +193,43 @@ class SiglipEncoderLayer(GradientCheckpointingLayer):
 
 
 class SiglipEncoder(nn.Module):
-    def __init__(self, config: BagelVisionConfig, num_hidden_layers: int):
+    """The stack of layers; [`SiglipVisionTransformer`] runs it."""
+
+    def __init__(self, config: SiglipVisionConfig, num_hidden_layers: int):
         super().__init__()
         self.layers = nn.ModuleList([SiglipEncoderLayer(config) for _ in range(num_hidden_layers)])
 
 
 class SiglipVisionTransformer(nn.Module):
-    def __init__(self, config: BagelVisionConfig, num_hidden_layers: int):
+    """Patch embedding, encoder layers and final norm over a pack of images."""
+
+    def __init__(self, config: SiglipVisionConfig, num_hidden_layers: int):
         super().__init__()
         self.config = config
         self.embeddings = SiglipVisionEmbeddings(config)
-        self.rope = _rotary_embedding(config)
+        self.rope = _rotary_tables(config)
         self.encoder = SiglipEncoder(config, num_hidden_layers)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the kind of the tower turns heads with; tables for ids or coordinates, one row per patch."""
-        if self.config.position_embedding == "rope_2d":
+    def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """Cosines and sines for ids or coordinates, one row per patch, as `_ROTATIONS` takes them; `None` = learned."""
+        kind, side = self.config.position_embedding, self.config.table_side
+        if kind == "learned":
+            return None
+        if self.rope is not None:
             return self.rope(position_ids)
-        side = self.config.table_side
         if position_ids.is_floating_point():
             rows, columns = position_ids.unbind(-1)
         else:
             rows, columns = position_ids // side, position_ids % side
-        return cos_sin(self.rope.angles(rows, columns))
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        return cos_sin(_ANGLES[kind](rows, columns, head_dim))
 
     def forward(
         self,
         packed_pixel_values: torch.Tensor,
         packed_flattened_position_ids: torch.Tensor,
-        cu_seqlens: torch.IntTensor,
+        cu_seqlens: torch.Tensor,
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -228,7 +241,7 @@ class SiglipVisionTransformer(nn.Module):
                 f"{packed_pixel_values.shape[0]}."
             )
         hidden_states = self.embeddings(packed_pixel_values, packed_flattened_position_ids)
-        rotary = None if self.rope is None else self._rotary(packed_flattened_position_ids)
+        rotary = self._rotary(packed_flattened_position_ids)
         states, attentions = [hidden_states], []
         for layer in self.encoder.layers:
             hidden_states, weights = layer(
@@ -247,18 +260,11 @@ class SiglipVisionTransformer(nn.Module):
         )
 
 
-class SiglipVisionModel(PreTrainedModel):
-    """
-    The tower as BAGEL stores it, under `vit_model`.
+class SiglipPreTrainedModel(PreTrainedModel):
+    """What transformers is told about the tower, and how its weights are initialised."""
 
-    Args:
-        config (`BagelVisionConfig`): the tower. Its layer count is that of the whole SigLIP checkpoint.
-        num_hidden_layers (`int`, *optional*): how many layers to build; all of them by default. BAGEL passes
-            `BagelConfig.num_vit_layers`.
-    """
-
-    config: BagelVisionConfig
-    config_class = BagelVisionConfig
+    config: SiglipVisionConfig
+    config_class = SiglipVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "packed_pixel_values"
     input_modalities = ("image",)
@@ -269,18 +275,29 @@ class SiglipVisionModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: BagelVisionConfig, num_hidden_layers: int | None = None):
-        super().__init__(config)
-        self.vision_model = SiglipVisionTransformer(config, num_hidden_layers or config.num_hidden_layers)
-        self.post_init()
-
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         """Also fills the rotary tables: models are built on the meta device, where constructors compute nothing."""
         super()._init_weights(module)
         if isinstance(module, RotaryEmbedding2D):
             for name, table in module.tables().items():
                 init.copy_(getattr(module, name), table)
+
+
+class SiglipVisionModel(SiglipPreTrainedModel):
+    """
+    The tower as BAGEL stores it, under `vit_model`.
+
+    Args:
+        config (`BagelVisionConfig`): the tower. Its layer count is that of the whole SigLIP checkpoint.
+        num_hidden_layers (`int`, *optional*): how many layers to build; all of them by default. BAGEL passes
+            `BagelConfig.num_vit_layers`.
+    """
+
+    def __init__(self, config: SiglipVisionConfig, num_hidden_layers: int | None = None):
+        super().__init__(config)
+        self.vision_model = SiglipVisionTransformer(config, num_hidden_layers or config.num_hidden_layers)
+        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.embeddings.patch_embedding
@@ -289,7 +306,7 @@ class SiglipVisionModel(PreTrainedModel):
         self,
         packed_pixel_values: torch.Tensor,
         packed_flattened_position_ids: torch.Tensor,
-        cu_seqlens: torch.IntTensor,
+        cu_seqlens: torch.Tensor,
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -305,6 +322,9 @@ class SiglipVisionModel(PreTrainedModel):
         Returns:
             `BaseModelOutput` with `last_hidden_state` (patches, hidden_size) after the final norm; `attentions` hold,
             per layer, one (1, heads, n, n) tensor per image (eager attention only).
+
+        Raises:
+            ValueError: `cu_seqlens` counts other patches than there are.
         """
         return self.vision_model(
             packed_pixel_values,
@@ -317,44 +337,57 @@ class SiglipVisionModel(PreTrainedModel):
 
 
 def convert_conv2d_to_linear(
-    model: SiglipVisionModel, config: BagelVisionConfig | None = None, meta: bool = False
+    model: SiglipVisionModel, config: SiglipVisionConfig | None = None, meta: bool = False
 ) -> None:
-    """Turn the convolutional patch embedding of a loaded SigLIP tower into the linear one of BAGEL, in place."""
+    """Replace the convolutional patch embedding of a loaded SigLIP tower by the linear one of BAGEL, in place."""
     model.vision_model.embeddings.convert_conv2d_to_linear(config, meta)
 
 
 def _rotate_2d(x: torch.Tensor, rotary: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """(patches, heads, head_dim): the first half turns with the row, the second with the column."""
+    """(patches, heads, head_dim): the row rotates the first half, the column the second."""
     cos_h, sin_h, cos_w, sin_w = (table[:, None].to(x.dtype) for table in rotary)
     by_row, by_column = x.chunk(2, dim=-1)
-    return torch.cat([turn_halves(by_row, cos_h, sin_h), turn_halves(by_column, cos_w, sin_w)], dim=-1)
+    return torch.cat([rotate_halves(by_row, cos_h, sin_h), rotate_halves(by_column, cos_w, sin_w)], dim=-1)
 
 
-def _turn_in_float32(turn: Callable) -> Callable:
-    """Whole heads by one pair of tables, as Llama 4 and Qwen3-Omni compute it."""
+def _rotate_in_float32(rotate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Whole heads by one pair of tables, computed in float32 as Llama 4 and Qwen3-Omni do."""
 
-    def turned(x: torch.Tensor, rotary: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def rotated(x: torch.Tensor, rotary: tuple[torch.Tensor, ...]) -> torch.Tensor:
         cos, sin = (table[:, None] for table in rotary)
-        return turn(x.float(), cos, sin).to(x.dtype)
+        return rotate(x.float(), cos, sin).to(x.dtype)
 
-    return turned
+    return rotated
 
 
-_TURNS = {
+_ANGLES = {"llama_vision": llama_vision_angles, "qwen_vision": qwen_vision_angles}
+_ROTATIONS = {
     "rope_2d": _rotate_2d,
-    "llama_vision": _turn_in_float32(turn_adjacent),
-    "qwen_vision": _turn_in_float32(turn_halves),
+    "llama_vision": _rotate_in_float32(rotate_pairs),
+    "qwen_vision": _rotate_in_float32(rotate_halves),
 }
 
 
-def _rotary_embedding(config: BagelVisionConfig) -> nn.Module | None:
-    side, head_dim = config.table_side, config.hidden_size // config.num_attention_heads
-    if config.position_embedding == "rope_2d":
-        return RotaryEmbedding2D(head_dim // 2, side, side)
-    if config.position_embedding == "llama_vision":
-        return LlamaVisionRotaryEmbedding(
-            config.image_size, config.patch_size, config.hidden_size, config.num_attention_heads
-        )
-    if config.position_embedding == "qwen_vision":
-        return Qwen3OmniMoeVisionRotaryEmbedding(config.hidden_size, config.num_attention_heads, spatial_merge_size=1)
-    return None
+def _rotary_tables(config: SiglipVisionConfig) -> RotaryEmbedding2D | None:
+    """The tables that a tower of this kind stores; the angles of the other rotary kinds are computed as needed."""
+    if config.position_embedding != "rope_2d":
+        return None
+    return RotaryEmbedding2D(
+        config.hidden_size // config.num_attention_heads // 2, config.table_side, config.table_side
+    )
+
+
+__all__ = [
+    "RotaryEmbedding2D",
+    "SiglipAttention",
+    "SiglipEncoder",
+    "SiglipEncoderLayer",
+    "SiglipFlashAttention2",
+    "SiglipMLP",
+    "SiglipPreTrainedModel",
+    "SiglipVisionConfig",
+    "SiglipVisionEmbeddings",
+    "SiglipVisionModel",
+    "SiglipVisionTransformer",
+    "convert_conv2d_to_linear",
+]

@@ -2,16 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The position embeddings of MaxText's `layers.embeddings` as modules on plain tensors; knows no model and no config.
 
+A catalogue beside the model: BAGEL itself runs on `embeddings_bagel.py`, on which these modules stand, and no model
+ships this file.
+
 Axes: `inputs` (batch, sequence, heads, head_dim), `position` (batch, sequence) or (1, sequence), any number type.
-A rotary embedding turns pairs of features counter-clockwise by an angle, (a, b) -> (a cos - b sin, b cos + a sin); two
-layouts say which two features are a pair of a head of D:
+"halves" and "adjacent" are the two layouts of rotary pairs, see `embeddings_bagel.py`.
 
-    halves     a a a a b b b b    feature j and feature j + D/2 (Llama, Qwen, BAGEL)
-    adjacent   a b a b a b a b    feature 2i and feature 2i + 1
-
-No module stores a table: frequencies and angles are float32 and made where they are used, so nothing is lost when a
+No module stores a table: frequencies and angles are float32 and computed where they are used, so nothing is lost when a
 model is built on the meta device or moved to another dtype. Only `Embed` and `Qwen3OmniMoeVisionPosEmbedInterpolate`
-have a parameter. `cast_as_fprop_dtype=True`, mostly the default, returns `fprop_dtype` (bfloat16 by default).
+have a parameter. `cast_as_fprop_dtype=True`, the default of most modules, returns `fprop_dtype` (bfloat16 by default).
 """
 
 import math
@@ -19,44 +18,23 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import rotate_half
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from .embeddings_bagel import (
+    cos_sin,
+    halves_to_pairs,
+    inverse_frequencies,
+    llama_vision_angles,
+    multimodal_axes,
+    pairs_to_halves,
+    qwen_vision_angles,
+    rotate_halves,
+    rotate_pairs,
+)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What the embeddings are made of
-
-
-def inverse_frequencies(
-    rope_type: str, dim: int, theta: float, device: torch.device | None = None, **rope_parameters
-) -> torch.Tensor:
-    """
-    Radians per position of each rotary pair, by transformers' function for this `rope_type`.
-
-    Args:
-        rope_type (`str`): key of `ROPE_INIT_FUNCTIONS`; `"linear"` with `factor=1.0` is plain `theta ** (-2i / dim)`.
-        dim (`int`): features that are described; 0 gives no pair.
-        rope_parameters: what that type needs (`factor`, `original_max_position_embeddings`, ...).
-
-    Returns:
-        (dim / 2,) float32.
-    """
-    config = _RopeConfig(dim, {"rope_type": rope_type, "rope_theta": theta, **rope_parameters})
-    return ROPE_INIT_FUNCTIONS[rope_type](config, device)[0]
-
-
-class _RopeConfig:
-    """What transformers' rope functions read of a model config."""
-
-    num_attention_heads = 1
-
-    def __init__(self, dim: int, rope_parameters: dict):
-        self.head_dim = self.hidden_size = dim
-        self.rope_parameters = rope_parameters
-
-    def standardize_rope_params(self) -> None:
-        """They are."""
+# Shared by several embeddings
 
 
 def interpolate_table(table: torch.Tensor, grid_thw: torch.Tensor, spatial_merge_size: int = 1) -> torch.Tensor:
@@ -81,43 +59,8 @@ def interpolate_table(table: torch.Tensor, grid_thw: torch.Tensor, spatial_merge
     return nn.functional.embedding_bag(indices, table.float(), per_sample_weights=weights, mode="sum")
 
 
-def multimodal_axes(
-    mrope_section: tuple[int, int, int], pairs: int, device: torch.device | None = None
-) -> torch.LongTensor:
-    """(pairs,) which position each pair turns with, 0 time, 1 height, 2 width; T H W T H W ... until one runs out."""
-    pair = torch.arange(pairs, device=device)
-    axis = pair % 3
-    return torch.where(pair < 3 * torch.tensor(mrope_section, device=device)[axis], axis, 0)
-
-
-def cos_sin(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(..., D/2) angles of pairs -> cos and sin (..., D), for `turn_halves` and `turn_adjacent` alike."""
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def turn_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs of the last axis, halves in and out."""
-    return x * cos + rotate_half(x) * sin
-
-
-def turn_adjacent(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs of the last axis, adjacent in and out."""
-    return _to_adjacent(turn_halves(_to_halves(x), cos, sin))
-
-
-def _to_halves(x: torch.Tensor) -> torch.Tensor:
-    """a b a b -> a a b b."""
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-
-
-def _to_adjacent(x: torch.Tensor) -> torch.Tensor:
-    """a a b b -> a b a b."""
-    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-
-
 class _FpropModule(nn.Module):
-    """Keeps the dtype of what a module returns."""
+    """Casts results to `fprop_dtype` if asked to."""
 
     def __init__(self, cast_as_fprop_dtype: bool, fprop_dtype: torch.dtype):
         super().__init__()
@@ -225,13 +168,14 @@ class RotaryEmbedding(_FpropModule):
     """
     Rotary embedding of whole heads, halves in and out (RoFormer, arXiv 2104.09864; MaxText `RotaryEmbedding`).
 
-    Pair i turns by `p / T_i` at position p: `T_i = factor * min_timescale * (max_timescale / min_timescale) ** (2i/D)`.
+    At position p, pair i is rotated by `p / T_i`, with
+    `T_i = factor * min_timescale * (max_timescale / min_timescale) ** (2i/D)`.
     Sines and cosines are rounded to the dtype of `inputs`, which is also the dtype of the product.
 
     Args:
         min_timescale, max_timescale (`float`): T of the first pair, and where T would arrive at i = D/2 (`rope_theta`
             for `min_timescale=1`).
-        embedding_dims (`int`, defaults to 0): D, the head dimension; the default 0 must be replaced.
+        embedding_dims (`int`, defaults to 0): D, the head dimension; there is no useful default.
         cast_as_fprop_dtype (`bool`, defaults to `True`), fprop_dtype (defaults to bfloat16): dtype of the result.
         rope_linear_scaling_factor (`float`, defaults to 1.0): divides positions, for contexts that much longer.
 
@@ -256,7 +200,7 @@ class RotaryEmbedding(_FpropModule):
         self.rope_linear_scaling_factor = rope_linear_scaling_factor
 
     def inverse_frequencies(self, device: torch.device | None = None) -> torch.Tensor:
-        """1 / T_i of the pairs that are turned, float32."""
+        """1 / T_i of the pairs that are rotated, float32."""
         return inverse_frequencies(
             "linear",
             self.rotary_dim,
@@ -271,16 +215,16 @@ class RotaryEmbedding(_FpropModule):
         return 1.0 / self.inverse_frequencies()
 
     def compute_cos_sin(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, sequence) -> cos and sin (batch, sequence, turned features), float32, halves."""
+        """(batch, sequence) -> cos and sin (batch, sequence, rotated features), float32, halves."""
         return cos_sin(position[..., None].float() * self.inverse_frequencies(position.device))
 
     def apply_rotary(self, inputs: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """`inputs * cos + rotate_half(inputs) * sin` for any tables, with rotate_half (a, b) -> (-b, a) of halves."""
-        return turn_halves(inputs, cos, sin)
+        return rotate_halves(inputs, cos, sin)
 
     def forward(self, inputs: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
         """
-        (batch, sequence, heads, D) -> the same shape, turned.
+        (batch, sequence, heads, D) -> the same shape, rotated.
 
         Raises:
             ValueError: `position` is missing, or a rank or shape is not the above.
@@ -296,16 +240,16 @@ class RotaryEmbedding(_FpropModule):
 
 class PartialRotaryEmbedding(RotaryEmbedding):
     """
-    The first `r = int(embedding_dims * partial_rotary_factor)` features are turned as a head of r, the others copied
+    The first `r = int(embedding_dims * partial_rotary_factor)` features are rotated as a head of r, the others copied
     (GPT-NeoX, Qwen3-Next; MaxText `PartialRotaryEmbedding`).
 
     T_i as in [`RotaryEmbedding`] with D = r, halves inside the first r. The copied features keep their dtype, so that
-    float32 inputs give a float32 result whose turned part alone is rounded to `fprop_dtype`. Any head of at least r
-    features is accepted; `embedding_dims` only decides r.
+    float32 inputs give a float32 result of which only the rotated part is rounded to `fprop_dtype`. Any head of at
+    least r features is accepted; `embedding_dims` only decides r.
 
     Args:
         min_timescale, max_timescale, embedding_dims, cast_as_fprop_dtype, fprop_dtype: see [`RotaryEmbedding`].
-        partial_rotary_factor (`float`, defaults to 0.25): 0 turns nothing, 1 everything.
+        partial_rotary_factor (`float`, defaults to 0.25): 0 rotates nothing, 1 everything.
 
     Raises:
         ValueError: an odd r, or a factor outside [0, 1].
@@ -330,25 +274,25 @@ class PartialRotaryEmbedding(RotaryEmbedding):
         _validate_inputs(inputs)
         if inputs.shape[-1] < self.rotary_dim:
             raise ValueError(
-                f"embedding_dims={self.embedding_dims} with partial_rotary_factor={self.partial_rotary_factor} turns "
+                f"embedding_dims={self.embedding_dims} with partial_rotary_factor={self.partial_rotary_factor} rotates "
                 f"{self.rotary_dim} features, but inputs have only {inputs.shape[-1]}."
             )
         _validate_position(position, inputs)
-        turned, rest = inputs[..., : self.rotary_dim], inputs[..., self.rotary_dim :]
-        return torch.cat([self._rotate(turned, position), rest], dim=-1)
+        rotated, rest = inputs[..., : self.rotary_dim], inputs[..., self.rotary_dim :]
+        return torch.cat([self._rotate(rotated, position), rest], dim=-1)
 
 
 class Gemma4PartialRotaryEmbedding(RotaryEmbedding):
     """
-    Turns the `k = int(embedding_dims * partial_rotary_factor) // 2` fastest pairs of the whole head and leaves the
-    slower ones as they are ("proportional"; Gemma 4, MaxText `Gemma4PartialRotaryEmbedding`).
+    Rotates the `k = int(embedding_dims * partial_rotary_factor) // 2` fastest pairs of the whole head and copies the
+    slower ones ("proportional"; Gemma 4, MaxText `Gemma4PartialRotaryEmbedding`).
 
     T_i as in [`RotaryEmbedding`] with D the whole head for i < k, infinity (angle 0) above. Halves of the whole head,
-    so the features read [turned k, untouched D/2 - k, turned k, untouched D/2 - k].
+    so the features read [rotated k, copied D/2 - k, rotated k, copied D/2 - k].
 
     Args:
         min_timescale, max_timescale, embedding_dims, cast_as_fprop_dtype, fprop_dtype: see [`RotaryEmbedding`].
-        partial_rotary_factor (`float`, defaults to 0.25): 0 turns nothing, 1 everything.
+        partial_rotary_factor (`float`, defaults to 0.25): 0 rotates nothing, 1 everything.
 
     Raises:
         ValueError: an odd `embedding_dims`, or a factor outside [0, 1].
@@ -436,7 +380,7 @@ class LLaMARotaryEmbedding(RotaryEmbedding):
         position = _count(inputs) if position is None else position
         _validate_position(position, inputs)
         cos, sin = (table[:, :, None] for table in self.compute_cos_sin(position))
-        return self._cast(turn_adjacent(inputs.float(), cos, sin))
+        return self._cast(rotate_pairs(inputs.float(), cos, sin))
 
 
 class YarnRotaryEmbedding(_FpropModule):
@@ -444,7 +388,7 @@ class YarnRotaryEmbedding(_FpropModule):
     Rotary embedding for `rope_factor` times longer contexts: fast pairs stay, slow pairs are slowed down, those between
     are blended (YaRN, arXiv 2309.00071; DeepSeek-V3; MaxText `YarnRotaryEmbedding`).
 
-    Pair `d(n) = D ln(original / (2 pi n)) / (2 ln theta)` makes n turns within the original length. With low =
+    Pair `d(n) = D ln(original / (2 pi n)) / (2 ln theta)` makes n full rotations within the original length. With low =
     d(beta_fast), high = d(beta_slow), rounded outwards by `truncate` and kept within [0, D - 1], and ramp_i rising from
     0 at low to 1 at high: `f_i = theta ** (-2i/D) * ((1 - ramp_i) + ramp_i / rope_factor)`.
 
@@ -457,7 +401,8 @@ class YarnRotaryEmbedding(_FpropModule):
         embedding_dims (`int`): D, the head dimension.
         max_position_embeddings (`int`, defaults to 16384): rows of the table, the longest sequence.
         original_max_position_embeddings (`int`, defaults to 4096): the length that the base frequencies were made for.
-        beta_fast, beta_slow (`float`, default 32 and 1): turns within the original length that bound the blend.
+        beta_fast, beta_slow (`float`, default 32 and 1): full rotations within the original length between which
+            frequencies are blended.
         rope_theta (`float`, defaults to 10000.0), rope_factor (`float`, defaults to 40).
         cast_as_fprop_dtype (`bool`, defaults to `True`), fprop_dtype (defaults to bfloat16): dtype of the result.
         interleave, truncate (`bool`, default `True`): see above.
@@ -491,7 +436,7 @@ class YarnRotaryEmbedding(_FpropModule):
         if pairwise and not interleave:
             raise ValueError("pairwise=True requires interleave=True: adjacent pairs come out only if they went in.")
         if rope_theta <= 0 or rope_theta == 1:
-            raise ValueError(f"rope_theta={rope_theta} must be positive and not 1: all pairs would turn equally fast.")
+            raise ValueError(f"rope_theta={rope_theta} must be positive and not 1: all pairs would get one angle.")
         _validate_positive(
             max_position_embeddings=max_position_embeddings,
             original_max_position_embeddings=original_max_position_embeddings,
@@ -542,7 +487,7 @@ class YarnRotaryEmbedding(_FpropModule):
 
     def forward(self, inputs: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
         """
-        (batch, sequence, heads, D) -> the same shape, turned; without `position` the tokens are counted from 0.
+        (batch, sequence, heads, D) -> the same shape, rotated; without `position` the tokens are counted from 0.
 
         Raises:
             ValueError: a rank or shape is not the above.
@@ -551,9 +496,9 @@ class YarnRotaryEmbedding(_FpropModule):
         position = _count(inputs) if position is None else position
         _validate_position(position, inputs)
         cos, sin = (table[:, :, None] for table in self.compute_cos_sin(position))
-        x = _to_halves(inputs.float()) if self.rope_interleave else inputs.float()
-        x = turn_halves(x, cos, sin) * self.output_scale
-        return self._cast(_to_adjacent(x) if self.rope_pairwise else x)
+        x = pairs_to_halves(inputs.float()) if self.rope_interleave else inputs.float()
+        x = rotate_halves(x, cos, sin) * self.output_scale
+        return self._cast(halves_to_pairs(x) if self.rope_pairwise else x)
 
 
 class PositionalEmbedding(_FpropModule):
@@ -613,8 +558,8 @@ class PositionalEmbedding(_FpropModule):
 
 class Qwen3OmniMoeThinkerTextRotaryEmbedding(RotaryEmbedding):
     """
-    Rotary embedding for text and pictures: each pair turns with one of three positions, time, height or width,
-    interleaved (MRoPE; Qwen3-Omni, arXiv 2509.17765; MaxText `Qwen3OmniMoeThinkerTextRotaryEmbedding`).
+    Rotary embedding for text and pictures: each pair is rotated by one of three positions, time, height or
+    width, interleaved (MRoPE; Qwen3-Omni, arXiv 2509.17765; MaxText `Qwen3OmniMoeThinkerTextRotaryEmbedding`).
 
     Pair j of D/2 belongs to height if `j % 3 == 1` and `j < 3 * mrope_section[1]`, to width if `j % 3 == 2` and
     `j < 3 * mrope_section[2]`, otherwise to time: THWTHW..., the slowest pairs T. Its angle is
@@ -628,7 +573,7 @@ class Qwen3OmniMoeThinkerTextRotaryEmbedding(RotaryEmbedding):
         min_timescale, max_timescale, embedding_dims, cast_as_fprop_dtype, fprop_dtype: see [`RotaryEmbedding`].
         mrope_section (*optional*, defaults to (24, 20, 20)): pairs of time, height and width, D/2 in all.
         attention_scaling (`float`, defaults to 1.0): multiplies cos and sin.
-        partial_rotary_factor (`float`, defaults to 1.0; newer than the documentation): turn the first
+        partial_rotary_factor (`float`, defaults to 1.0; newer than the documentation): rotate the first
             `r = int(embedding_dims * factor)` features as a head of r and copy the others.
 
     Raises:
@@ -653,7 +598,7 @@ class Qwen3OmniMoeThinkerTextRotaryEmbedding(RotaryEmbedding):
         if rotary_dim == 0:
             raise ValueError(
                 f"embedding_dims={embedding_dims} with partial_rotary_factor={partial_rotary_factor} leaves no feature "
-                "to turn; pass the head dimension and a factor in (0, 1]."
+                "to rotate; pass the head dimension and a factor in (0, 1]."
             )
         super().__init__(min_timescale, max_timescale, rotary_dim, cast_as_fprop_dtype, fprop_dtype)
         self.embedding_dims = embedding_dims
@@ -663,7 +608,7 @@ class Qwen3OmniMoeThinkerTextRotaryEmbedding(RotaryEmbedding):
         if len(self.mrope_section) != 3 or min(self.mrope_section) < 0 or 2 * sum(self.mrope_section) != rotary_dim:
             raise ValueError(
                 f"mrope_section={self.mrope_section} must be three numbers of pairs (time, height, width) that sum to "
-                f"{rotary_dim // 2}, half of the {rotary_dim} features that are turned; pass such a mrope_section."
+                f"{rotary_dim // 2}, half of the {rotary_dim} features that are rotated; pass such a mrope_section."
             )
 
     def compute_cos_sin(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -684,8 +629,8 @@ class Qwen3OmniMoeThinkerTextRotaryEmbedding(RotaryEmbedding):
         """
         _validate_inputs(inputs, self.embedding_dims)
         cos, sin = (table[:, :, None] for table in self.compute_cos_sin(_three_positions(position, inputs)))
-        turned, rest = inputs.float().split([self.rotary_dim, self.embedding_dims - self.rotary_dim], dim=-1)
-        return self._cast(torch.cat([self.apply_rotary(turned, cos, sin), rest], dim=-1))
+        rotated, rest = inputs.float().split([self.rotary_dim, self.embedding_dims - self.rotary_dim], dim=-1)
+        return self._cast(torch.cat([self.apply_rotary(rotated, cos, sin), rest], dim=-1))
 
 
 class LlamaVisionRotaryEmbedding(_FpropModule):
@@ -695,7 +640,7 @@ class LlamaVisionRotaryEmbedding(_FpropModule):
 
     With g = image_size // patch_size, h the head dimension and `r_m = rope_theta ** (-4m / h)`, m < h / 4, the pairs of
     the patch in row y, column x have angles `[(x + 1) r | (y + 1) r]`: columns first, counted from 1. Patches go row by
-    row; the class token comes last and is not turned. The product is float32 whatever `inputs` are.
+    row; the class token comes last and is not rotated. The product is float32 whatever `inputs` are.
 
     Args:
         image_size, patch_size (`int`): pixels per side.
@@ -728,8 +673,7 @@ class LlamaVisionRotaryEmbedding(_FpropModule):
 
     def angles(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Rows and columns of any one shape, from 0 -> (..., h/2) float32."""
-        frequencies = inverse_frequencies("linear", self.head_dim // 2, self.rope_theta, rows.device, factor=1.0)
-        return torch.cat([(axis[..., None] + 1).float() * frequencies for axis in (columns, rows)], dim=-1)
+        return llama_vision_angles(rows, columns, self.head_dim, self.rope_theta)
 
     def _grid_angles(self, device: torch.device | None = None) -> torch.Tensor:
         """(g * g + 1, h/2)."""
@@ -744,8 +688,8 @@ class LlamaVisionRotaryEmbedding(_FpropModule):
 
     def forward(self, inputs: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
         """
-        (pictures, g * g + 1, heads, h) -> the same shape, turned. `position` has no effect (MaxText): the place of a
-        patch says where it is.
+        (pictures, g * g + 1, heads, h) -> the same shape, rotated. `position` has no effect (MaxText): the
+        index of a patch gives its row and column.
 
         Raises:
             ValueError: a rank or shape is not the above.
@@ -758,7 +702,7 @@ class LlamaVisionRotaryEmbedding(_FpropModule):
                 f"is {tokens - 1} and a class token, {tokens} in all."
             )
         cos, sin = (table[:, None] for table in cos_sin(self._grid_angles(inputs.device)))
-        return self._cast(turn_adjacent(inputs.float(), cos, sin))
+        return self._cast(rotate_pairs(inputs.float(), cos, sin))
 
 
 class Qwen3OmniMoeVisionRotaryEmbedding(_FpropModule):
@@ -798,8 +742,7 @@ class Qwen3OmniMoeVisionRotaryEmbedding(_FpropModule):
 
     def angles(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Rows and columns of any one shape, from 0 -> (..., h/2) float32."""
-        frequencies = inverse_frequencies("linear", self.head_dim // 2, self.rope_theta, rows.device, factor=1.0)
-        return torch.cat([axis[..., None].float() * frequencies for axis in (rows, columns)], dim=-1)
+        return qwen_vision_angles(rows, columns, self.head_dim, self.rope_theta)
 
     def patch_positions(self, num_frames: int, height: int, width: int) -> torch.LongTensor:
         """
@@ -826,9 +769,9 @@ class Qwen3OmniMoeVisionRotaryEmbedding(_FpropModule):
         """
         return self._tables(self.patch_positions(num_frames, height, width))
 
-    def _tables(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(..., 2) rows and columns -> cos and sin (..., h)."""
-        cos, sin = cos_sin(self.angles(*places.unbind(-1)))
+        cos, sin = cos_sin(self.angles(*positions.unbind(-1)))
         return self._cast(cos), self._cast(sin)
 
     def forward(
@@ -845,11 +788,11 @@ class Qwen3OmniMoeVisionRotaryEmbedding(_FpropModule):
             inputs: (batch, num_frames * height * width, heads, h), or without the batch axis.
             num_frames, height, width (`int`): frames, rows and columns.
             valid_grid (*optional*, newer than the documentation): (batch, 3) the grids of a padded batch; each row
-                holds its grid first, then padding, which is not turned.
-            token_mask (*optional*, newer than the documentation): (batch, tokens), `False` = not turned.
+                holds its grid first, then padding, which is not rotated.
+            token_mask (*optional*, newer than the documentation): (batch, tokens), `False` = not rotated.
 
         Returns:
-            The shape of `inputs`, turned.
+            The shape of `inputs`, rotated.
 
         Raises:
             ValueError: a rank or shape is not the above, or a grid does not fill whole blocks.
@@ -861,19 +804,19 @@ class Qwen3OmniMoeVisionRotaryEmbedding(_FpropModule):
                 f"[batch, {tokens}, heads, {self.head_dim}], or that without batch."
             )
         if valid_grid is None:
-            places = self.patch_positions(*size)
-        else:  # row 0, column 0 is not turned
+            positions = self.patch_positions(*size)
+        else:  # padding has row 0 and column 0, which rotate by nothing
             grids = _grids(valid_grid, size, self.spatial_merge_size)
             _validate_batch("valid_grid", len(grids), inputs)
-            places = get_vision_position_ids(grids, self.spatial_merge_size)
-            places = _pad_rows(places.split(grids.prod(1).tolist()), tokens)
-        cos, sin = (table.to(inputs.device)[..., None, :] for table in self._tables(places))
-        turned = turn_halves(inputs, cos, sin)
+            positions = get_vision_position_ids(grids, self.spatial_merge_size)
+            positions = _pad_rows(positions.split(grids.prod(1).tolist()), tokens)
+        cos, sin = (table.to(inputs.device)[..., None, :] for table in self._tables(positions))
+        rotated = rotate_halves(inputs, cos, sin)
         if token_mask is None:
-            return turned
+            return rotated
         _validate_mask("token_mask", token_mask, tokens)
         _validate_batch("token_mask", len(token_mask), inputs)
-        return torch.where(token_mask.bool()[..., None, None], turned, inputs)
+        return torch.where(token_mask.bool()[..., None, None], rotated, inputs)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1010,16 +953,16 @@ def _side_of(entries: int) -> int:
 
 
 def _partial_dim(embedding_dims: int, factor: float, even: bool = True) -> int:
-    """Features that are turned."""
+    """How many features are rotated."""
     if not 0 <= factor <= 1:
         raise ValueError(
             f"partial_rotary_factor={factor} must be in [0, 1]: of embedding_dims={embedding_dims} features "
-            f"{int(embedding_dims * factor)} cannot be turned."
+            f"{int(embedding_dims * factor)} cannot be rotated."
         )
     rotary_dim = int(embedding_dims * factor)
     if even and rotary_dim % 2:
         raise ValueError(
-            f"embedding_dims={embedding_dims} with partial_rotary_factor={factor} turns {rotary_dim} features, which "
+            f"embedding_dims={embedding_dims} with partial_rotary_factor={factor} rotates {rotary_dim} features, which "
             f"must be a multiple of 2: {rotary_dim - 1} or {rotary_dim + 1}."
         )
     return rotary_dim
@@ -1037,7 +980,9 @@ def _vision_head_dim(hidden_size: int, num_attention_heads: int) -> int:
 
 def _validate_even(value: int, name: str) -> None:
     if value % 2:
-        raise ValueError(f"{name}={value} must be a multiple of 2, features turn in pairs: {value - 1} or {value + 1}.")
+        raise ValueError(
+            f"{name}={value} must be a multiple of 2, features are rotated in pairs: {value - 1} or {value + 1}."
+        )
 
 
 def _validate_positive(**values: float) -> None:
@@ -1097,10 +1042,5 @@ __all__ = [
     "RotaryEmbedding",
     "YarnRotaryEmbedding",
     "attend_on_embedding",
-    "cos_sin",
     "interpolate_table",
-    "inverse_frequencies",
-    "multimodal_axes",
-    "turn_adjacent",
-    "turn_halves",
 ]

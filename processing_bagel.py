@@ -29,7 +29,7 @@ from transformers.utils import cached_file
 from .configuration_bagel import BagelConfig
 from .conversations_bagel import ConversationCollator, conversation_items
 from .image_processing_bagel import flatten_images, unit_tensor_to_pil
-from .layout_bagel import ImagePlaces
+from .layout_bagel import Placeholders
 from .packing_bagel import MODEL_FACTS, PackingConfig, RandomSource
 
 
@@ -257,13 +257,13 @@ class BagelProcessor(ProcessorMixin):
         input_ids = torch.tensor(encoded["input_ids"])
         valid = torch.tensor(encoded["attention_mask"]) if "attention_mask" in encoded else torch.ones_like(input_ids)
         marks = (self.image_token_id, self.latent_token_id, self.vision_start_token_id, self.vision_end_token_id)
-        places = ImagePlaces.of(input_ids, *marks)
+        placeholders = Placeholders.find(input_ids, *marks)
         read, edited = (features.get(name) for name in ("image_grid_hw", "latent_image_sizes"))
-        grids = places.merge_grids(
+        grids = placeholders.merge_grids(
             [] if read is None else read.tolist(),
             [] if edited is None else (edited // self.image_processor.latent_stride).tolist(),
         )
-        return places.positions(valid, grids).movedim(-1, 0)
+        return placeholders.positions(valid, grids).movedim(-1, 0)
 
     def _image_span(self, token: str, number: torch.Tensor) -> str:
         return self.vision_start_token + token * int(number) + self.vision_end_token

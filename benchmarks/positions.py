@@ -5,7 +5,7 @@
 python benchmarks/positions.py [--output FILE]          (needs matplotlib)
 
 Everything is read off the code that the model runs: frequencies off its rotary embedding at the size of BAGEL-7B-MoT,
-positions off `layout_bagel.py`, places in a table off `grid_position_ids`.
+positions off `layout_bagel.py`, entries of a table off `grid_position_ids`.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from matplotlib.ticker import MultipleLocator
 from bagel import configuration_bagel as configuration
 from bagel import embeddings_bagel as embeddings
 from bagel import layout_bagel as layout
-from bagel import positions_bagel as positions
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -66,19 +65,19 @@ def draw_frequencies(axes: Axes) -> None:
     axes.axvline(TRAINED, color=BLACK, linewidth=1, linestyle=":")
     axes.text(TRAINED * 0.85, 11.5, "32,768 trained", fontsize=8, ha="right")
     axes.set_xscale("log")
-    axes.set_xlabel("tokens per turn, as trained")
+    axes.set_xlabel("tokens per full rotation, as trained")
     axes.set_ylabel("times slower")
     axes.legend(fontsize=8, loc="upper left")
     axes.set_title("Longer contexts, factor 4: which pairs slow down", fontsize=10, loc="left")
 
 
 def features_of_a_head(parameters: dict) -> np.ndarray:
-    """(128,) 0 = copied, 1 to 3 = turns with time, height or width."""
+    """(128,) 0 = copied, 1 to 3 = rotated by time, height or width."""
     module = rotary(parameters)
     frequencies = module.inv_freq
     pairs = torch.where(frequencies > 0, 1, 0)
     if parameters.get("mrope_section"):
-        pairs = positions.multimodal_axes(parameters["mrope_section"], len(frequencies)) + 1
+        pairs = embeddings.multimodal_axes(parameters["mrope_section"], len(frequencies)) + 1
     both = torch.stack([pairs, pairs])  # the features of a pair: halves, or side by side
     head = both.T.flatten() if parameters.get("interleave") else both.flatten()
     return torch.nn.functional.pad(head, (0, 128 - len(head))).numpy()
@@ -96,9 +95,9 @@ def draw_heads(axes: Axes) -> None:
     for row, parameters in enumerate(HEADS.values()):  # the two features of one pair
         first, second = (8, 9) if parameters.get("interleave") else (8, 8 + rotary(parameters).inv_freq.numel())
         axes.plot([first, second], [row, row], color="white", marker="o", markersize=4, linewidth=1)
-    names = ("copied", "turns (with time)", "with height", "with width")
+    names = ("copied", "rotated (by time)", "by height", "by width")
     axes.legend(handles=[Patch(color=c, label=n) for c, n in zip(colors, names)], fontsize=8, ncol=4, loc=(0, -0.36))
-    axes.set_title("Heads: what turns with what (white: one pair)", fontsize=10, loc="left")
+    axes.set_title("Heads: which position rotates which pair (white: one pair)", fontsize=10, loc="left")
 
 
 def draw_conversation(axes: Axes) -> None:
@@ -133,7 +132,7 @@ def draw_conversation(axes: Axes) -> None:
 def draw_tables(figure: SubFigure) -> None:
     """Where pictures of 5 x 8 and of 20 x 12 tokens are in a table of 8 x 8."""
     side, modes, grids = 8, (False, True, "bilinear", "fit"), ((5, 8), (20, 12))
-    figure.suptitle("interpolate_pos: places in a table of 8 x 8", fontsize=10, x=0.06, y=0.97, ha="left")
+    figure.suptitle("interpolate_pos: entries of a table of 8 x 8", fontsize=10, x=0.06, y=0.97, ha="left")
     figure.subplots_adjust(top=0.88, bottom=0.03, left=0.08, right=0.99, wspace=0.08, hspace=0.08)
     for number, axes in enumerate(figure.subplots(2, 4).flat):
         grid, mode = grids[number // 4], modes[number % 4]

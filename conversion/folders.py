@@ -24,16 +24,17 @@ RUNTIME_FILES = (
     "checkpoint_bagel.py",
     "configuration_bagel.py",
     "conversations_bagel.py",
+    "decoder_bagel.py",
     "embeddings_bagel.py",
     "flow_bagel.py",
     "generation_bagel.py",
     "image_processing_bagel.py",
+    "inputs_bagel.py",
     "layout_bagel.py",
     "lora_bagel.py",
     "modeling_bagel.py",
     "modeling_siglip_navit.py",
     "packing_bagel.py",
-    "positions_bagel.py",
     "processing_bagel.py",
 )
 CHAT_TEMPLATE = "chat_template.jinja"

@@ -24,8 +24,9 @@ from transformers import GenerationConfig
 
 from ..configuration_bagel import BagelConfig, BagelVAEConfig
 from ..conversion.folders import REPOSITORY
+from ..flow_bagel import build_vae
 from ..image_processing_bagel import BagelImageProcessor, patchify
-from ..modeling_bagel import BagelForUnifiedMultimodal, build_vae
+from ..modeling_bagel import BagelForUnifiedMultimodal
 from ..processing_bagel import BagelProcessor
 from .tiny_random import write_checkpoint
 from .tokenizer import build_tiny_tokenizer

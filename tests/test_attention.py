@@ -19,6 +19,8 @@ from tiny_models import (
     VISION_END,
     VISION_START,
     attention_kernel,
+    drawing_context,
+    layout_of,
     pad_rows,
     padded_batch,
     random_row,
@@ -32,9 +34,11 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from bagel.attention_bagel import AttentionPlan, BagelAttention, FrozenContext, plan_attention, plan_varlen
+from bagel.attention_bagel import AttentionSpec, FrozenContext, prepare_attention, varlen_parts
+from bagel.decoder_bagel import BagelAttention, Routing
 from bagel.embeddings_bagel import grid_position_ids
 from bagel.flow_bagel import unpatchify_latents
+from bagel.inputs_bagel import find_placeholders, latent_position_ids
 from bagel.layout_bagel import PackedLayout
 
 
@@ -146,10 +150,10 @@ def test_eager_attention_is_its_formula_token_by_token(has_gen, qk_norm):
     hidden = torch.randn(1, 9, 32)
     position_embeddings = Qwen2RotaryEmbedding(config)(hidden, layout.position_ids)
     with attention_kernel(model, "eager"):
-        plan = plan_attention(config, layout, hidden)
+        spec, routing = prepare_attention(config, layout, hidden), Routing.of(layout.gen)
         config._attn_implementation = "eager"
-        output, weights = attention(layout.routing.sort(hidden), position_embeddings, layout.routing, plan)
-        output = layout.routing.restore(output)
+        output, weights = attention(routing.sort(hidden), position_embeddings, routing, spec)
+        output = routing.restore(output)
 
     def by_expert(name, token, x):
         return getattr(attention, f"{name}_moe_gen" if has_gen and token in places else name)(x)
@@ -321,7 +325,7 @@ def rows_of(conversations, seed):
 
 
 def positions_of(model, batch):
-    return PackedLayout.from_input_ids(model.image_places(batch["input_ids"]), batch["attention_mask"]).position_ids
+    return model.get_rope_index(batch["input_ids"], batch["attention_mask"])
 
 
 @pytest.mark.parametrize("cache_name", CACHES)
@@ -365,7 +369,7 @@ class Drawing:
         generator = torch.Generator().manual_seed(seed)
         self.num_latents = [rows * columns for rows, columns in grids]
         self.latents = torch.randn(len(grids), max(self.num_latents), 16, generator=generator)
-        ids = [model.latent_position_ids(*grid) for grid in grids]
+        ids = [latent_position_ids(model.config, grid) for grid in grids]
         self.position_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         self.t = torch.tensor(0.6)
 
@@ -382,8 +386,8 @@ class Drawing:
                 layers = [(layer.keys, layer.values) for layer in model(**batch, use_cache=True).past_key_values.layers]
             past_length = 0 if past_valid is None else past_valid.shape[1]
             layout = PackedLayout.noisy_blocks(self.num_latents, positions, past_length, past_valid)
-            context = FrozenContext(layers)
-            out = model.predict_velocity(self.latents, self.t, layout, self.position_ids, context)
+            context = drawing_context(model, layers, layout, self.position_ids)
+            out = model.predict_velocity(self.latents, self.t, context)
         return [velocity[:count] for velocity, count in zip(out, self.num_latents)]
 
     @torch.no_grad()
@@ -395,9 +399,9 @@ class Drawing:
         length = start + count + 2
         mask = torch.ones(length, length, dtype=torch.bool)
         mask[:start] = False
-        before = PackedLayout.from_input_ids(model.image_places(batch["input_ids"]))
+        before = layout_of(model.config, batch["input_ids"])
         mask[:start, :start] = before.dense_mask()[0, 0]
-        places = model.image_places(batch["input_ids"])
+        places = find_placeholders(model.config, batch["input_ids"])
         ids = torch.cat([batch["input_ids"][0], torch.tensor([VISION_START, *[LATENT] * count, VISION_END])])
         is_text = torch.cat([~(places.image | places.latent)[0], torch.tensor([True, *[False] * count, True])])
         noisy = torch.arange(start + 1, start + 1 + count)
@@ -408,7 +412,7 @@ class Drawing:
             for tokens, grid in zip(model.encode_images(row.pictures, sample_posterior=False), grids)
         ]
         clean_count = sum(rows * columns for rows, columns in grids)
-        clean_ids = [model.latent_position_ids(*grid) for grid in grids]
+        clean_ids = [latent_position_ids(model.config, grid) for grid in grids]
         output = model(
             sequence_length=length,
             sample_lens=[length],
@@ -504,7 +508,7 @@ def expand(parts, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def assert_plan_is_the_mask(layout: PackedLayout) -> None:
     sees, done = expand(
-        plan_varlen(layout), layout.valid.numel(), layout.batch_size * (layout.past_length + layout.length)
+        varlen_parts(layout), layout.valid.numel(), layout.batch_size * (layout.past_length + layout.length)
     )
     mask, valid = layout.dense_mask()[:, 0], layout.valid
     assert torch.equal(sees[valid.flatten()], torch.block_diag(*mask).bool()[valid.flatten()])
@@ -531,12 +535,11 @@ def test_varlen_plan_of_random_packs_is_the_dense_mask(block):
 def test_varlen_plan_of_padded_batches_and_their_suffixes_is_the_dense_mask(seed, padding_side):
     model, batch = tiny_model(), padded_batch(random_rows(seed, 3), seed, padding_side)
     ids, mask, positions = batch["input_ids"], batch["attention_mask"], positions_of(model, batch)
-    assert_plan_is_the_mask(PackedLayout.from_input_ids(model.image_places(ids), mask))
-    places = model.image_places(ids)
+    assert_plan_is_the_mask(layout_of(model.config, ids, mask))
+    places = find_placeholders(model.config, ids)
     inside = (places.in_image & ~places.start).any(0)
     for past in (~inside).nonzero()[1:, 0].tolist():
-        suffix = model.image_places(ids[:, past:])
-        assert_plan_is_the_mask(PackedLayout.from_input_ids(suffix, mask, positions[:, past:], past))
+        assert_plan_is_the_mask(layout_of(model.config, ids[:, past:], mask, positions[:, past:], past))
 
 
 def test_varlen_plan_of_drawn_blocks_is_the_dense_mask():
@@ -556,7 +559,7 @@ def test_varlen_plan_is_two_calls_however_many_runs():
         split_lens=pack["split_lens"],
         attn_modes=pack["attn_modes"],
     )
-    causal, pictures = plan_varlen(layout)
+    causal, pictures = varlen_parts(layout)
     assert (causal.is_causal, pictures.is_causal) == (True, False)
     assert causal.cu_seq_lens_q.tolist() == [0, 4, 7]
     assert causal.cu_seq_lens_k.tolist() == [0, 4, 15]
@@ -566,10 +569,10 @@ def test_varlen_plan_is_two_calls_however_many_runs():
 
 def plan_for(kernel, layout, **kwargs):
     config = tiny_config(attn_implementation=kernel).text_config
-    return plan_attention(config, layout, torch.zeros(*layout.sample_ids.shape, 32), **kwargs)
+    return prepare_attention(config, layout, torch.zeros(*layout.sample_ids.shape, 32), **kwargs)
 
 
-def test_each_kernel_gets_the_mask_in_its_own_words():
+def test_each_kernel_gets_the_mask_in_its_own_format():
     layout = PackedLayout.from_packed(5, [5], torch.arange(5), split_lens=[2, 3], attn_modes=["causal", "noise"])
     dense = layout.dense_mask()
     assert torch.equal(plan_for("sdpa", layout).mask, dense)
@@ -584,15 +587,15 @@ def test_each_kernel_gets_the_mask_in_its_own_words():
 def test_block_whose_context_is_not_padded_runs_without_a_mask():
     for past_valid in (None, torch.ones(2, 3, dtype=torch.bool)):
         plan = plan_for("sdpa", PackedLayout.noisy_blocks([2, 2], torch.tensor([1, 1]), 3, past_valid))
-        assert plan == AttentionPlan(None, is_causal=False)
+        assert plan == AttentionSpec(None, is_causal=False)
     for num_latents, past_valid in (([2, 1], None), ([2, 2], torch.tensor([[False, True, True], [True] * 3]))):
         layout = PackedLayout.noisy_blocks(num_latents, torch.tensor([1, 1]), 3, past_valid)
         assert torch.equal(plan_for("sdpa", layout).mask, layout.dense_mask())
 
 
 def test_plain_text_keeps_the_fast_path_of_its_kernel(flash):
-    assert plan_for("sdpa", PackedLayout.text(2, 6)) == AttentionPlan(None, is_causal=True)
-    assert plan_for("flash_attention_2", PackedLayout.text(2, 6)) == AttentionPlan(None, is_causal=True)
+    assert plan_for("sdpa", PackedLayout.text(2, 6)) == AttentionSpec(None, is_causal=True)
+    assert plan_for("flash_attention_2", PackedLayout.text(2, 6)) == AttentionSpec(None, is_causal=True)
     padded = torch.tensor([[0, 1, 1], [1, 1, 1]])
     plan = plan_for("flash_attention_2", PackedLayout.text(2, 3, padded), attention_mask=padded)
     assert torch.equal(plan.mask.long(), padded)

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import attention_kernel, padded_batch, tiny_model, training_pack
+from tiny_models import attention_kernel, drawing_context, padded_batch, tiny_model, training_pack
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import DynamicCache
 
-from bagel.attention_bagel import FrozenContext, plan_attention
+from bagel.attention_bagel import prepare_attention
 from bagel.layout_bagel import PackedLayout
 
 
@@ -61,7 +61,9 @@ def test_padded_batch_with_pictures_and_what_follows_on_its_cache_equal_eager():
         layout = PackedLayout.noisy_blocks([4, 2], torch.tensor([7, 5]), past_valid.shape[1], past_valid)
         latents = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
         position_ids = torch.tensor([[0, 1, 8, 9], [0, 8, 0, 0]])
-        velocity = model.predict_velocity(latents, torch.tensor(0.6), layout, position_ids, FrozenContext(layers))
+        velocity = model.predict_velocity(
+            latents, torch.tensor(0.6), drawing_context(model, layers, layout, position_ids)
+        )
         return first.logits[past_valid], velocity[0], velocity[1, :2]
 
     eager, flex = both(forward)
@@ -74,7 +76,7 @@ def test_plan_is_a_block_mask_of_the_rule():
         9, [6, 3], torch.arange(9), split_lens=[2, 3, 1, 3], attn_modes=["causal", "noise", "causal", "full"]
     )
     with attention_kernel(tiny_model(), "flex_attention"):
-        plan = plan_attention(tiny_model().config.text_config, layout, torch.zeros(1, 9, 32))
+        plan = prepare_attention(tiny_model().config.text_config, layout, torch.zeros(1, 9, 32))
     assert isinstance(plan.mask, BlockMask)
     dense = layout.dense_mask()[0, 0]
     seen = [[bool(plan.mask.mask_mod(0, 0, torch.tensor(q), torch.tensor(k))) for k in range(9)] for q in range(9)]

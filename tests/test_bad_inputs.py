@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from bagel.inputs_bagel import latent_position_ids
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 
@@ -48,16 +49,16 @@ def refused(call, *words):
         assert re.search(word, message), f"{word!r} is not in {message!r}"
 
 
-# ---- pictures and their places
+# ---- images and their placeholders
 
 
 def test_place_without_picture(model, edit):
-    refused(lambda: model(**without(edit, "pixel_values", "image_grid_hw")), "mark 1 pictures", "image_token_id", "0")
+    refused(lambda: model(**without(edit, "pixel_values", "image_grid_hw")), "mark 1 images", "image_token_id", "0")
 
 
 def test_picture_without_place(model, edit):
     ids = edit["input_ids"].masked_fill(edit["input_ids"] == model.config.image_token_id, 65)
-    refused(lambda: model(**{**edit, "input_ids": ids}), "mark 0 pictures", "describes 1")
+    refused(lambda: model(**{**edit, "input_ids": ids}), "mark 0 images", "describes 1")
 
 
 def test_too_few_places(model, edit):
@@ -68,8 +69,8 @@ def test_too_few_places(model, edit):
         "input_ids": torch.cat([ids[:, :cut], ids[:, cut + 1 :]], dim=1),
         "attention_mask": mask[:, 1:],
     }
-    places = int((ids == model.config.image_token_id).sum())
-    refused(lambda: model(**shorter), f"takes {places - 1} places", f"says {places}")
+    count = int((ids == model.config.image_token_id).sum())
+    refused(lambda: model(**shorter), f"has {count - 1} placeholders", f"says {count}")
 
 
 def test_truncated_prompt_cuts_a_picture(model, edit):
@@ -237,7 +238,7 @@ def pack(model):
         "attn_modes": ["causal", "causal", "noise"],
         "packed_position_ids": torch.tensor([*range(4), *range(6), *[6] * 6]),
         "packed_vae_token_indexes": torch.arange(11, 15),
-        "packed_latent_position_ids": model.latent_position_ids(2, 2),
+        "packed_latent_position_ids": latent_position_ids(model.config, (2, 2)),
         "padded_latent": torch.randn(1, 4, 4, 4),
         "patchified_vae_latent_shapes": [(2, 2)],
         "packed_timesteps": torch.zeros(tokens),
@@ -257,11 +258,11 @@ def test_good_pack_has_a_loss(model, pack):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"packed_vae_token_indexes": torch.arange(10, 14)}, ["Place 10", "more than once"]),
-        ({"packed_vae_token_indexes": torch.tensor([11, 12, 13, 13])}, ["Place 13", "more than once"]),
+        ({"packed_vae_token_indexes": torch.arange(10, 14)}, ["Token 10", "more than once"]),
+        ({"packed_vae_token_indexes": torch.tensor([11, 12, 13, 13])}, ["Token 13", "more than once"]),
         ({"packed_text_indexes": torch.cat([torch.arange(10), torch.tensor([10, 16])])}, ["16", "sequence_length=16"]),
         ({"packed_text_indexes": torch.cat([torch.arange(10), torch.tensor([10, -1])])}, ["-1", "sequence_length"]),
-        ({"sequence_length": 17, "sample_lens": [4, 13]}, ["Place 16", "not filled"]),
+        ({"sequence_length": 17, "sample_lens": [4, 13]}, ["Token 16", "not filled"]),
         ({"sample_lens": [4, 11]}, ["sample_lens", "15", "16"]),
         ({"split_lens": [4, 6, 5]}, ["split_lens sum to 15", "16"]),
         ({"attn_modes": ["causal", "causal"]}, ["3 split_lens", "2 attn_modes"]),

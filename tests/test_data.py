@@ -242,10 +242,10 @@ def test_what_is_trained_sees_the_context_that_generation_builds(spans: list[str
     for number, pixels, (height, width) in zip(clean, inputs["latent_pixel_values"], inputs["latent_image_sizes"]):
         assert torch.equal(made["padded_images"][number][:, :height, :width], pixels[:, :height, :width])
 
-    from bagel.layout_bagel import ImagePlaces
+    from bagel.layout_bagel import Placeholders
 
     special = (PROCESSOR.image_token_id, PROCESSOR.latent_token_id, SEE, CONFIG.vision_end_token_id)
-    positions = ImagePlaces.of(prompt[None], *special).positions(torch.ones_like(prompt)[None])[0]
+    positions = Placeholders.of(prompt[None], *special).positions(torch.ones_like(prompt)[None])[0]
     assert made["packed_position_ids"][kept].tolist() == positions.tolist()
 
 

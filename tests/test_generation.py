@@ -550,7 +550,9 @@ def test_a_drawn_picture_becomes_context(model, processor, edits, scripted):
 
     def watch(conversation, *args):
         longer = read_back(conversation, *args)
-        lengths.append((conversation.cache.get_seq_length(), longer.input_ids.shape[1], longer.next_position.item()))
+        lengths.append(
+            (conversation.cache.get_seq_length(), longer.prompt.input_ids.shape[1], longer.prompt.next_position.item())
+        )
         return longer
 
     model._read_back = watch

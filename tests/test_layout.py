@@ -6,11 +6,20 @@ import random
 
 import pytest
 import torch
-from tiny_models import IMAGE, LATENT, VISION_END, VISION_START, nested_masks, padded_batch, random_rows
-from torch import nn
+from tiny_models import (
+    IMAGE,
+    LATENT,
+    VISION_END,
+    VISION_START,
+    layout_of,
+    nested_masks,
+    padded_batch,
+    random_rows,
+    tiny_config,
+)
 from torch.nn.attention.flex_attention import create_mask
 
-from bagel.layout_bagel import ImagePlaces, PackedLayout, Routing, check_cover
+from bagel.layout_bagel import PackedLayout, Placeholders, check_cover
 
 
 pytestmark = pytest.mark.core
@@ -23,8 +32,8 @@ def pack(sample_lens, split_lens, modes, **kwargs) -> PackedLayout:
     )
 
 
-def places_of(input_ids) -> ImagePlaces:
-    return ImagePlaces.of(torch.as_tensor(input_ids), IMAGE, LATENT, VISION_START, VISION_END)
+def placeholders_of(input_ids) -> Placeholders:
+    return Placeholders.find(torch.as_tensor(input_ids), IMAGE, LATENT, VISION_START, VISION_END)
 
 
 def ids(row: str) -> list[int]:
@@ -134,7 +143,7 @@ def test_neighbouring_pictures_are_spans_of_their_own():
 
 def test_padded_rows_see_their_own_tokens_and_padding_sees_only_padding():
     rows = ["..t[ii]", "t[n]t.."]
-    layout = PackedLayout.from_input_ids(places_of([ids(row) for row in rows]), torch.tensor([*map(padding, rows)]))
+    layout = layout_of(tiny_config(), torch.as_tensor([ids(row) for row in rows]), torch.tensor([*map(padding, rows)]))
     mask = layout.dense_mask()
     assert draw(mask[0, 0]) == picture(
         """
@@ -182,7 +191,7 @@ def test_free_places_of_a_static_cache_are_seen_by_nobody():
     mask = torch.tensor([[0, 1, 1, 1, 1]])
     layout = PackedLayout.text(1, 2, mask, past_length=3)
     assert draw(layout.dense_mask(7)[0, 0]) == ["." + "xxx" + "...", "." + "xxxx" + ".."]
-    with pytest.raises(ValueError, match="3 cached and 2 new tokens do not fit 4 key places"):
+    with pytest.raises(ValueError, match="3 cached and 2 new tokens do not fit 4 keys"):
         layout.dense_mask(4)
 
 
@@ -255,13 +264,17 @@ def test_samples_apart_leave_out_padding():
 @pytest.mark.parametrize("seed", range(10))
 def test_cached_suffix_is_the_last_rows_of_the_full_mask(seed, padding_side):
     batch = padded_batch(random_rows(seed, 3), seed, padding_side)
-    places, mask = places_of(batch["input_ids"]), batch["attention_mask"]
-    whole = PackedLayout.from_input_ids(places, mask)
+    placeholders, mask = placeholders_of(batch["input_ids"]), batch["attention_mask"]
+    whole = layout_of(tiny_config(), batch["input_ids"], mask)
     full, length = whole.dense_mask(), mask.shape[1]
-    inside = places.in_image & ~places.start  # cutting here would cut a picture
+    inside = placeholders.in_image & ~placeholders.start  # cutting here would cut a picture
     for past in (cut for cut in range(1, length) if not bool(inside[:, cut].any())):
-        suffix = PackedLayout.from_input_ids(
-            places_of(batch["input_ids"][:, past:]), mask, whole.position_ids[:, past:], past_length=past
+        suffix = layout_of(
+            tiny_config(),
+            batch["input_ids"][:, past:],
+            mask,
+            whole.position_ids[:, past:],
+            past_length=past,
         )
         assert torch.equal(suffix.dense_mask(), full[:, :, past:])
         assert torch.equal(suffix.gen, whole.gen[:, past:])
@@ -277,10 +290,10 @@ def test_padding_does_not_change_what_a_row_sees(seed):
     rows = random_rows(seed, 3)
     for side in ("left", "right"):
         batch = padded_batch(rows, seed, side)
-        layout = PackedLayout.from_input_ids(places_of(batch["input_ids"]), batch["attention_mask"])
+        layout = layout_of(tiny_config(), torch.as_tensor(batch["input_ids"]), batch["attention_mask"])
         for number, row in enumerate(rows):
             ids_alone = padded_batch([row], seed)["input_ids"]
-            alone, valid = PackedLayout.from_input_ids(places_of(ids_alone)), batch["attention_mask"][number].bool()
+            alone, valid = layout_of(tiny_config(), torch.as_tensor(ids_alone)), batch["attention_mask"][number].bool()
             assert torch.equal(layout.dense_mask()[number, 0][valid][:, valid], alone.dense_mask()[0, 0])
             assert torch.equal(layout.position_ids[number][valid], alone.position_ids[0])
             assert torch.equal(layout.gen[number][valid], alone.gen[0])
@@ -306,7 +319,7 @@ def test_attention_mask_of_another_length_is_refused():
 
 def test_text_takes_one_position_each_and_a_picture_one_in_all():
     rows = ["tt[ii]t[nn]tt", "...[n][i]t[n]"]
-    layout = PackedLayout.from_input_ids(places_of([ids(row) for row in rows]), torch.tensor([*map(padding, rows)]))
+    layout = layout_of(tiny_config(), torch.as_tensor([ids(row) for row in rows]), torch.tensor([*map(padding, rows)]))
     assert layout.position_ids.tolist() == [
         [0, 1, 2, 2, 2, 2, 3, 4, 4, 4, 4, 5, 6],
         [0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 3, 3, 3],
@@ -321,35 +334,35 @@ def test_text_takes_one_position_each_and_a_picture_one_in_all():
 
 def test_position_ids_of_the_caller_are_kept():
     position_ids = torch.tensor([[4, 5, 6, 6, 6]])
-    layout = PackedLayout.from_input_ids(places_of([ids("tt[i]")]), position_ids=position_ids)
+    layout = layout_of(tiny_config(), torch.as_tensor([ids("tt[i]")]), position_ids=position_ids)
     assert torch.equal(layout.position_ids, position_ids)
 
 
 def test_pictures_on_a_cache_need_positions():
     with pytest.raises(ValueError, match="need position_ids"):
-        PackedLayout.from_input_ids(places_of([ids("[i]")]), past_length=3)
+        layout_of(tiny_config(), torch.as_tensor([ids("[i]")]), past_length=3)
 
 
 def test_boundary_tokens_that_enclose_nothing_are_text():
-    places = places_of([ids("t[]t[i]t]")])
-    assert draw(places.in_image) == ["....xxx.."]
-    layout = PackedLayout.from_input_ids(places)
+    placeholders = placeholders_of([ids("t[]t[i]t]")])
+    assert draw(placeholders.in_image) == ["....xxx.."]
+    layout = layout_of(tiny_config(), torch.tensor([ids("t[]t[i]t]")]))
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 4, 4, 5, 6]]
 
 
 def test_places_and_pictures_that_agree_pass():
-    places_of([ids("t[ii]t[nnn]"), ids("[iiii]t[n].")]).check([2, 4], [3, 1])
-    places_of([ids("[]t")]).check([], [])
+    placeholders_of([ids("t[ii]t[nnn]"), ids("[iiii]t[n].")]).check([2, 4], [3, 1])
+    placeholders_of([ids("[]t")]).check([], [])
 
 
 @pytest.mark.parametrize(
     ("row", "image_lengths", "latent_lengths", "message"),
     [
-        ("t[ii]t", [], [], "mark 1 pictures with image_token_id, but image_grid_hw describes 0"),
-        ("t[ii]t", [2, 2], [], "mark 1 pictures with image_token_id, but image_grid_hw describes 2"),
-        ("ttt", [], [4], "mark 0 pictures with latent_token_id, but latent_image_sizes describes 1"),
-        ("t[ii]t", [3], [], "Picture 0 takes 2 places of image_token_id .* image_grid_hw says 3"),
-        ("[n]t[nn]", [], [1, 3], "Picture 1 takes 2 places of latent_token_id .* latent_image_sizes says 3"),
+        ("t[ii]t", [], [], "mark 1 images with image_token_id, but image_grid_hw describes 0"),
+        ("t[ii]t", [2, 2], [], "mark 1 images with image_token_id, but image_grid_hw describes 2"),
+        ("ttt", [], [4], "mark 0 images with latent_token_id, but latent_image_sizes describes 1"),
+        ("t[ii]t", [3], [], "Image 0 has 2 placeholders image_token_id .* image_grid_hw says 3"),
+        ("[n]t[nn]", [], [1, 3], "Image 1 has 2 placeholders latent_token_id .* latent_image_sizes says 3"),
         ("tiit", [2], [], "row 0, column 1 are not enclosed"),
         ("t[ii", [2], [], "row 0, column 2 are not enclosed"),
         ("nn]t", [], [2], "row 0, column 0 are not enclosed"),
@@ -358,12 +371,12 @@ def test_places_and_pictures_that_agree_pass():
 )
 def test_places_that_do_not_fit_the_pictures_are_refused(row, image_lengths, latent_lengths, message):
     with pytest.raises(ValueError, match=message):
-        places_of([ids(row)]).check(image_lengths, latent_lengths)
+        placeholders_of([ids(row)]).check(image_lengths, latent_lengths)
 
 
 def test_error_names_the_row_of_the_batch():
     with pytest.raises(ValueError, match="row 1, column 2 are not enclosed"):
-        places_of([ids("[ii]t"), ids("ttii]")]).check([2, 2], [])
+        placeholders_of([ids("[ii]t"), ids("ttii]")]).check([2, 2], [])
 
 
 # ---- packs
@@ -452,10 +465,10 @@ def test_pack_filled_exactly_once_passes():
 @pytest.mark.parametrize(
     ("text", "vit", "message"),
     [
-        ([0, 1, 2], [2, 3], r"Place 2 of the pack is filled more than once \(1 such places\)"),
-        ([0, 0, 1], [2, 3], r"Place 0 of the pack is filled more than once"),
-        ([0, 1], [3], r"Place 2 of the pack is not filled \(1 such places\)"),
-        ([], [3], r"Place 0 of the pack is not filled \(3 such places\)"),
+        ([0, 1, 2], [2, 3], r"Token 2 of the pack is filled more than once \(1 such tokens\)"),
+        ([0, 0, 1], [2, 3], r"Token 0 of the pack is filled more than once"),
+        ([0, 1], [3], r"Token 2 of the pack is not filled \(1 such tokens\)"),
+        ([], [3], r"Token 0 of the pack is not filled \(3 such tokens\)"),
         ([0, 1, 2], [3, 4], "vit holds index 4, outside sequence_length=4"),
         ([-1, 0, 1, 2], [3], "text holds index -1, outside sequence_length=4"),
     ],
@@ -464,63 +477,6 @@ def test_pack_that_is_not_filled_exactly_once_is_refused(text, vit, message):
     indexes = {"text": torch.tensor(text, dtype=torch.long), "vit": torch.tensor(vit)}
     with pytest.raises(ValueError, match=message):
         check_cover(4, indexes, torch.device("cpu"))
-
-
-# ---- experts
-
-
-@pytest.fixture
-def experts():
-    torch.manual_seed(0)
-    return nn.Linear(6, 5), nn.Linear(6, 5)
-
-
-GEN_COLUMNS = {
-    "mixed": [[0, 1, 1, 0], [1, 0, 0, 0]],
-    "one of gen": [[0, 0, 0, 0], [0, 0, 1, 0]],
-    "only und": [[0, 0, 0, 0], [0, 0, 0, 0]],
-    "only gen": [[1, 1, 1, 1], [1, 1, 1, 1]],
-}
-
-
-@pytest.mark.parametrize("column", GEN_COLUMNS)
-def test_routing_is_the_dispatch_of_every_token_by_itself(experts, column):
-    und, gen = experts
-    is_gen, hidden = torch.tensor(GEN_COLUMNS[column]).bool(), torch.randn(2, 4, 6)
-    routing = Routing.of(is_gen)
-    moved = routing.sort(hidden)
-    assert torch.equal(routing.restore(moved), hidden)
-    out = routing.restore(routing.run(moved, und, gen))
-    for row in range(2):
-        for place in range(4):
-            expert = gen if is_gen[row, place] else und
-            torch.testing.assert_close(out[row, place], expert(hidden[row, place]))
-    shared = routing.restore(routing.run(moved, und, None))
-    torch.testing.assert_close(shared, und(hidden))
-
-
-def test_routing_puts_understanding_first_and_keeps_the_order():
-    routing = Routing.of(torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]]).bool())
-    assert routing.order.tolist() == [0, 3, 5, 6, 7, 1, 2, 4]
-    assert routing.num_und == 5
-    hidden = torch.arange(8.0).view(2, 4, 1)
-    assert routing.sort(hidden).flatten().tolist() == [0, 3, 5, 6, 7, 1, 2, 4]
-
-
-def test_large_packs_have_rounded_sizes_with_fillers_that_nothing_reads(experts):
-    is_gen, hidden = torch.rand(1, 700) < 0.3, torch.randn(1, 700, 6, requires_grad=True)
-    routing = Routing.of(is_gen)
-    num_gen = len(routing.order) - routing.num_und
-    assert routing.num_und % 64 == num_gen % 64 == 0 and len(routing.order) < 700 + 2 * 64
-    assert routing.num_und >= int((~is_gen).sum()) and num_gen >= int(is_gen.sum())
-    out = routing.restore(routing.run(routing.sort(hidden), *experts))
-    expected = torch.where(is_gen[..., None], experts[1](hidden), experts[0](hidden))
-    torch.testing.assert_close(out, expected)
-    found, wanted = (
-        torch.autograd.grad((x * x).sum(), [hidden, experts[0].weight, experts[1].weight]) for x in (out, expected)
-    )
-    for one, other in zip(found, wanted):
-        torch.testing.assert_close(one, other)
 
 
 def test_large_packs_come_apart_into_batches_of_rounded_sizes():
@@ -538,62 +494,3 @@ def test_large_packs_come_apart_into_batches_of_rounded_sizes():
             seen[places[real][:, None], places[real][None]] |= mask[real][:, real]
             assert not mask[real][:, ~real].any()
     assert torch.equal(seen, layout.dense_mask()[0, 0])
-
-
-def test_text_alone_is_not_moved():
-    hidden = torch.randn(2, 4, 6)
-    for gen in (None, torch.zeros(2, 4).bool()):
-        routing = Routing.of(gen)
-        assert routing.sort(hidden) is hidden
-        assert routing.restore(hidden) is hidden
-
-
-def test_expert_without_tokens_gets_zero_gradients_not_none(experts):
-    und, gen = experts
-    Routing.of(None).run(torch.randn(1, 3, 6), und, gen).sum().backward()
-    assert gen.weight.grad.abs().max() == gen.bias.grad.abs().max() == 0
-    assert und.weight.grad.abs().min() > 0
-
-
-def test_expert_without_tokens_is_not_run_without_gradients(experts):
-    with torch.no_grad():
-        assert not Routing.of(None).touch_gen
-        Routing.of(None).run(torch.randn(1, 3, 6), experts[0], None)
-
-
-@pytest.mark.parametrize("column", GEN_COLUMNS)
-def test_frozen_understanding_gets_zero_gradients_and_generation_all_of_its_own(experts, column):
-    und, gen = experts
-    is_gen, hidden = torch.tensor(GEN_COLUMNS[column]).bool(), torch.randn(2, 4, 6)
-    gradients = {}
-    for freeze_und in (False, True):
-        und.zero_grad(), gen.zero_grad()
-        given = hidden.clone().requires_grad_()
-        routing = Routing.of(is_gen)._replace(freeze_und=freeze_und)
-        moved = routing.freeze_und_tokens(routing.sort(given))
-        out = routing.restore(routing.run(moved, und, gen))
-        (out * out).sum().backward()
-        gradients[freeze_und] = [gen.weight.grad.clone(), gen.bias.grad.clone(), given.grad[is_gen]]
-        if freeze_und:
-            assert und.weight.grad is not None and und.weight.grad.abs().max() == 0
-            assert und.bias.grad is not None and und.bias.grad.abs().max() == 0
-            assert given.grad[~is_gen].abs().sum() == 0
-        elif not bool(is_gen.all()):
-            assert und.weight.grad.abs().max() > 0
-    for free, frozen in zip(gradients[False], gradients[True]):
-        assert torch.equal(free, frozen)
-
-
-def test_frozen_understanding_computes_the_same(experts):
-    hidden, is_gen = torch.randn(2, 4, 6), torch.tensor(GEN_COLUMNS["mixed"]).bool()
-    free = Routing.of(is_gen)
-    frozen = free._replace(freeze_und=True)
-    moved = free.sort(hidden)
-    assert torch.equal(free.run(moved, *experts), frozen.run(frozen.freeze_und_tokens(moved), *experts))
-
-
-def test_layout_makes_its_routing_once():
-    layout = pack([4], [4], ["noise"], gen_indexes=torch.tensor([1, 2]))
-    assert layout.routing is layout.routing
-    assert layout.routing.num_und == 2
-    assert PackedLayout.text(1, 4).routing.order is None

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from bagel.configuration_bagel import BagelConfig
+from bagel.inputs_bagel import find_placeholders
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 
@@ -139,7 +140,7 @@ def test_attention_implementation_can_be_changed_later(tiny_directory, batch, mo
 def test_attention_weights_follow_the_layout(tiny_directory, batch):
     model = BagelForUnifiedMultimodal.from_pretrained(tiny_directory, attn_implementation="eager").eval()
     weights = model(**batch, output_attentions=True).attentions[0][0].sum(0)
-    places = model.image_places(batch["input_ids"])
+    places = find_placeholders(model.config, batch["input_ids"])
     first = int(places.start[0].nonzero()[0])
     last = int(places.end[0].nonzero()[0])
     assert (weights[first, first : last + 1] > 0).all(), "vision_start sees its whole picture"
@@ -230,7 +231,7 @@ def test_image_features_are_per_picture(model, batch):
     features = model.get_image_features(batch["pixel_values"], batch["image_grid_hw"])
     assert isinstance(features, BaseModelOutputWithPooling)
     assert [len(f) for f in features.pooler_output] == batch["image_grid_hw"].prod(-1).tolist()
-    places = model.image_places(batch["input_ids"]).image
+    places = find_placeholders(model.config, batch["input_ids"]).image
     embedded = model(**batch, output_hidden_states=True).hidden_states[0][places]
     torch.testing.assert_close(embedded, torch.cat(features.pooler_output))
 

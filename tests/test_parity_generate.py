@@ -23,9 +23,20 @@ from parity_data import (
     latents_stand_in,
     sets,
 )
+from tiny_models import layout_of
 
-from bagel.flow_bagel import guide, guided_steps, patchify_latents, timestep_grid, unpatchify_latents
-from bagel.generation_bagel import Conversation, DrawingContext, DrawingContexts, DrawingOptions
+from bagel.flow_bagel import (
+    Branches,
+    DrawingOptions,
+    guide,
+    guided_steps,
+    patchify_latents,
+    timestep_grid,
+    unpatchify_latents,
+)
+from bagel.generation_bagel import DrawingContext, Prefill, without_dangling_bos
+from bagel.inputs_bagel import ImageTensors, find_placeholders, latent_grid, latent_position_ids, vit_position_ids
+from bagel.inputs_bagel import Prompt as ModelPrompt
 from bagel.layout_bagel import PackedLayout
 
 
@@ -74,7 +85,7 @@ class Prompt(NamedTuple):
         return {"input_ids": self.input_ids, "attention_mask": self.valid.long(), **self.pictures}
 
     def layout(self, model) -> PackedLayout:
-        return PackedLayout.from_input_ids(model.image_places(self.input_ids), self.valid.long())
+        return layout_of(model.config, self.input_ids, self.valid.long())
 
 
 def rows_of(segments: list[dict]) -> list[list[dict]]:
@@ -95,6 +106,12 @@ def left_padded(rows: list[list[int]], padding: int) -> tuple[torch.LongTensor, 
     input_ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
     valid = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows])
     return input_ids, valid
+
+
+def read(model, inputs: dict[str, torch.Tensor], options: DrawingOptions) -> Prefill:
+    """What `generate` reads before it draws."""
+    prompt, images = model._read_prompt(inputs, options)
+    return model._read(without_dangling_bos(model.config, prompt), images)
 
 
 def prompt_of(case: Case, segments: list[dict], pictures: dict[str, torch.Tensor]) -> Prompt:
@@ -161,7 +178,7 @@ def replay_prompt(prompt: Prompt, model) -> None:
         grids = [[int(side) // unit for side in size] for size in prompt.pictures.get(sizes, [])]
         assert grids == [segment["grid_hw"] for segment in pictures]
         for grid, segment in zip(grids, pictures):
-            ids = model.latent_position_ids(*grid) if kind == "vae" else model._vit_position_ids([grid], "cpu")
+            ids = latent_position_ids(model.config, grid) if kind == "vae" else vit_position_ids(model.config, [grid])
             assert ids.tolist() == segment["image_token_position_ids"]
 
 
@@ -205,7 +222,7 @@ def replay_prefill(replay: Replay, prefix: str, prompt: Prompt, model, number: i
     ids, positions, gen = (
         torch.cat([x[span] for span in spans]) for x in (prompt.input_ids, layout.position_ids, layout.gen)
     )
-    places = model.image_places(ids[None])
+    places = find_placeholders(model.config, ids[None])
     in_picture = (places.image | places.latent)[0]
     replay.equal(f"{prefix}.key_values_lens", kv_lens)
     replay.equal(f"{prefix}.packed_key_value_indexes", cached)
@@ -270,11 +287,11 @@ def replay_answer(case: Case, attn_implementation: str = "sdpa") -> None:
         last = replay["last_packed_vit_tokens"]
         replay.close("last_packed_vit_tokens", prompt.pictures["pixel_values"][-len(last) :], "copy")
 
-    conversation = model._read(prompt.inputs, DrawingOptions())
-    replay_cache(replay, "prefill", layers_of(conversation.cache), conversation.valid)
-    replay.equal("start.key_values_lens", [conversation.cache.get_seq_length()])
+    prefill = read(model, prompt.inputs, DrawingOptions())
+    replay_cache(replay, "prefill", layers_of(prefill.cache), prefill.prompt.valid)
+    replay.equal("start.key_values_lens", [prefill.cache.get_seq_length()])
     replay.equal("start.packed_key_value_indexes", torch.arange(length))
-    replay.equal("start.packed_query_position_ids", conversation.next_position)
+    replay.equal("start.packed_query_position_ids", prefill.prompt.next_position)
     replay.equal("start.packed_start_tokens", [model.config.bos_token_id])
 
     steps = prompt_case(case).facts["max_length"]
@@ -316,27 +333,28 @@ def test_texts_in_rounds_and_batches_are_the_released_ones(case: Case):
     facts, model, replay = case.facts, case.parity.joint(), case.replay()
     prompt = prompt_of(case, facts["segments"], {})
     replay_prompt(prompt, model)
-    conversation = None
+    prefill = None
     for number in range(len(prompt.segments[0])):
         texts = [row[number]["token_ids"] for row in prompt.segments]
-        conversation = model._extend(conversation, *left_padded(texts, model.config.pad_token_id))
-        replay_cache(replay, f"round{number}", layers_of(conversation.cache), conversation.valid)
+        prompt_of_round = ModelPrompt.of_text(model.config, *left_padded(texts, model.config.pad_token_id))
+        prefill = model._read(prompt_of_round, ImageTensors(), prefill)
+        replay_cache(replay, f"round{number}", layers_of(prefill.cache), prefill.prompt.valid)
         replay_prefill(replay, f"round{number}", prompt, model, number)
         described = facts[f"round{number}"]
-        assert conversation.valid.sum(1).tolist() == described["kv_lens"]
-        assert conversation.next_position.tolist() == described["ropes"]
+        assert prefill.prompt.valid.sum(1).tolist() == described["kv_lens"]
+        assert prefill.prompt.next_position.tolist() == described["ropes"]
         assert [ids[1:-1] for ids in texts] == described["prompt_ids"]
-    kv_lens = conversation.valid.sum(1)
+    kv_lens = prefill.prompt.valid.sum(1)
     replay.equal("start.key_values_lens", kv_lens)
     replay.equal("start.packed_key_value_indexes", torch.arange(int(kv_lens.sum())))
-    replay.equal("start.packed_query_position_ids", conversation.next_position)
+    replay.equal("start.packed_query_position_ids", prefill.prompt.next_position)
     bos = torch.full((len(kv_lens), 1), model.config.bos_token_id)
     replay.equal("start.packed_start_tokens", bos)
 
     steps, eos = len(facts["tokens"][0]), model.config.eos_token_id
-    rounds = Prompt(conversation.input_ids, conversation.valid, prompt.segments, {})
+    rounds = Prompt(prefill.prompt.input_ids, prefill.prompt.valid, prompt.segments, {})
     written = {
-        "rounds": write(model, rounds, steps, past_key_values=conversation.cache),
+        "rounds": write(model, rounds, steps, past_key_values=prefill.cache),
         "one prompt": write(model, prompt, steps),
     }
     for name, output in written.items():
@@ -399,7 +417,7 @@ class Drawing:
 
     @property
     def grids(self) -> list[tuple[int, int]]:
-        return [self.model.latent_grid(*size) for size in self.sizes]
+        return [latent_grid(self.model.config, *size) for size in self.sizes]
 
     @property
     def lengths(self) -> list[int]:
@@ -456,16 +474,16 @@ class Drawing:
             return [latent for batch in latents for latent in batch]
         return [latent[0] for _, latent in self.replay.matching(r"vae_latent_(\d+)")]
 
-    def read(self) -> tuple[Conversation, Conversation, list | None]:
-        """-> the conversation, what it was before the plan, the plan."""
+    def read(self) -> tuple[Prefill, Prefill, list | None]:
+        """-> what was read, what had been read before the plan, the plan."""
         with self.released_latents():
             options = DrawingOptions(sample_posterior=self.samples_posterior)
-            before = self.model._read(self.prompt.inputs, options)
+            before = read(self.model, self.prompt.inputs, options)
         if not self.think:
             return before, before, None
         arguments = {"max_new_tokens": self.facts["max_think_token_n"] - 1, "do_sample": False}
-        conversation, plans = self.model._write_plan(before, arguments)
-        return conversation, before, plans
+        prefill, plans = self.model._write_plan(before, arguments)
+        return prefill, before, plans
 
     def draw(self, **changes):
         """`generate`; -> its output, x after every step, guided velocity of every step, both packed."""
@@ -492,14 +510,17 @@ class Drawing:
         return torch.nn.utils.rnn.pad_sequence(tokens.split(self.lengths), batch_first=True)
 
     def position_ids(self) -> torch.LongTensor:
-        ids = [self.model.latent_position_ids(*grid) for grid in self.grids]
+        ids = [latent_position_ids(self.model.config, grid) for grid in self.grids]
         return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
 
     def row(self, number: int) -> "Drawing":
         """One sample of a batch as a run of its own; it compares nothing."""
         single = Drawing(self.case)
         pad = int((~self.prompt.valid[number]).sum())
-        pictures = self.model._pictures_of_rows(self.prompt.input_ids, self.prompt.pictures, [number])
+        images = ImageTensors(**self.prompt.pictures)
+        sizes = (images.image_grid_hw, images.latent_image_sizes)
+        whole = ModelPrompt.read(self.model.config, self.prompt.input_ids, self.prompt.valid.long(), *sizes)
+        pictures = whole.select([number], images)[1].tensors()
         single.prompt = Prompt(
             self.prompt.input_ids[number : number + 1, pad:],
             self.prompt.valid[number : number + 1, pad:],
@@ -513,8 +534,8 @@ class Drawing:
         return single
 
 
-def names_and_contexts(contexts: DrawingContexts) -> list[tuple[str, DrawingContext]]:
-    return [("gen", contexts.gen), ("cfg_text", contexts.text), ("cfg_img", contexts.image)]
+def names_and_contexts(contexts: Branches) -> list[tuple[str, DrawingContext]]:
+    return list(zip(("gen", "cfg_text", "cfg_img"), contexts))
 
 
 def context_valid(context: DrawingContext) -> torch.BoolTensor:
@@ -523,7 +544,7 @@ def context_valid(context: DrawingContext) -> torch.BoolTensor:
     return everything if layout.past_valid is None else layout.past_valid
 
 
-def replay_contexts(drawing: Drawing, contexts: DrawingContexts, described: dict) -> None:
+def replay_contexts(drawing: Drawing, contexts: Branches, described: dict) -> None:
     """Cache lengths, keys and values, and where the noisy picture stands under each context."""
     replay = drawing.replay
     new_lens = [length + 2 for length in drawing.lengths]
@@ -549,7 +570,7 @@ def replay_contexts(drawing: Drawing, contexts: DrawingContexts, described: dict
     replay.equal("latent.packed_seqlens", new_lens)
     boundaries = [config.vision_start_token_id, config.vision_end_token_id] * len(new_lens)
     replay.equal("latent.packed_text_ids", boundaries)
-    ids = torch.cat([drawing.model.latent_position_ids(*grid) for grid in drawing.grids])
+    ids = torch.cat([latent_position_ids(config, grid) for grid in drawing.grids])
     replay.equal("latent.packed_vae_position_ids", ids)
 
 
@@ -565,7 +586,7 @@ def replay_latents(drawing: Drawing) -> None:
     with drawing.released_latents():
         encoded = model.encode_images(images, drawing.samples_posterior)
     patch = model.config.latent_patch_size
-    grids = [model.latent_grid(*size) for size in sizes]
+    grids = [latent_grid(model.config, *size) for size in sizes]
     encoded = [unpatchify_latents(tokens, grid, patch) for tokens, grid in zip(encoded, grids)]
     stored = drawing.stored_latents
     assert len(stored) == len(encoded)
@@ -597,24 +618,25 @@ def released_scales(facts: dict) -> list[tuple[float, float]]:
     return [(facts["cfg_text_scale"], facts["cfg_img_scale"]) if on else (1.0, 1.0) for on in guided]
 
 
-def replay_velocities(drawing: Drawing, contexts: DrawingContexts, evaluated=lambda step: True) -> None:
+def replay_velocities(drawing: Drawing, contexts: Branches, evaluated=lambda step: True) -> None:
     """At the released x_t: every branch that was evaluated, and the velocity that guidance makes of the branches."""
     replay, facts, model = drawing.replay, drawing.facts, drawing.model
-    x_t, position_ids = replay["x_t"], drawing.position_ids()
+    x_t = replay["x_t"]
+    assert torch.equal(contexts.full.position_ids, drawing.position_ids())
     t = timestep_grid(facts["num_timesteps"], facts["timestep_shift"])[:-1]
     replay.close("timesteps", t, "copy")
     scales = released_scales(facts)
     if "effective_scales" in facts:
         assert scales == [tuple(pair) for pair in facts["effective_scales"]]
     stored = {}
-    for name, context in zip(("v_cond", "v_cfg_text", "v_cfg_img"), (contexts.gen, contexts.text, contexts.image)):
+    for name, context in zip(("v_cond", "v_cfg_text", "v_cfg_img"), contexts):
         if f"{name}.steps" not in replay:
             continue
         steps = replay[f"{name}.steps"].tolist()
         stored[name] = dict(zip(steps, replay[name]))
         for step in filter(evaluated, steps):
             x = drawing.unpack(x_t[step])
-            v = model.predict_velocity(x, t[step], context.layout, position_ids, context.cache, context.plan)
+            v = model.predict_velocity(x, t[step], context)
             assert_close(drawing.pack(v), stored[name][step], "velocity", f"{name} at step {step}")
     assert list(stored["v_cond"]) == list(range(len(t)))
 
@@ -659,8 +681,8 @@ def replay_drawing(case: Case, attn_implementation: str = "sdpa") -> None:
         last = replay["last_packed_vit_tokens"]
         replay.close("last_packed_vit_tokens", prompt.pictures["pixel_values"][-len(last) :], "copy")
     replay_latents(drawing)
-    conversation, before, plans = drawing.read()
-    contexts = drawing.model._drawing_contexts(conversation, before, drawing.sizes)
+    prefill, before, plans = drawing.read()
+    contexts = drawing.model._branches(prefill, before, drawing.sizes)
     replay_contexts(drawing, contexts, drawing.facts["contexts"])
     replay_plan(drawing, plans)
     replay_velocities(drawing, contexts)
@@ -688,8 +710,7 @@ def replay_batch(case: Case, attn_implementation: str = "sdpa") -> None:
     for number, segment in enumerate(prompt.segments[0]):
         replay_prefill(replay, f"prefill{number}_{segment['kind']}", prompt, model, number)
     replay_latents(drawing)
-    conversation, before, _ = drawing.read()
-    contexts = model._drawing_contexts(conversation, before, drawing.sizes)
+    contexts = model._branches(*drawing.read()[:2], drawing.sizes)
     replay_contexts(drawing, contexts, drawing.facts["contexts"])
     replay_velocities(drawing, contexts)
     elsewhere = [r"prefill\d+_vit\.packed_vit_tokens", r"prefill\d+_vae\.padded_(images|latent)"]
@@ -757,13 +778,12 @@ def test_contexts_follow_from_the_order_of_texts_and_pictures(parity: ParitySet)
         replay_prompt(prompt, model)
         if draws:
             drawing = Drawing(case)
-            conversation, before, _ = drawing.read()
-            contexts = model._drawing_contexts(conversation, before, [tuple(order["image_shape"])])
+            contexts = model._branches(*drawing.read()[:2], [tuple(order["image_shape"])])
             replay_contexts(drawing, contexts, described)
         else:
-            conversation = model._read(prompt.inputs, DrawingOptions())
-            assert conversation.next_position.tolist() == described["gen"]["start_position"]
-            assert conversation.valid.sum(1).tolist() == described["gen"]["kv_lens"]
+            whole = read(model, prompt.inputs, DrawingOptions()).prompt
+            assert whole.next_position.tolist() == described["gen"]["start_position"]
+            assert whole.valid.sum(1).tolist() == described["gen"]["kv_lens"]
         assert order.get("tokens", order.get("think_tokens")) == facts.get("tokens", facts.get("think_tokens"))
 
 
@@ -786,8 +806,7 @@ def test_step_reuse_has_the_same_contexts_full_steps_and_decoder(case: Case):
     drawing = Drawing(case)
     replay, model = drawing.replay, drawing.model
     replay_prompt(drawing.prompt, model)
-    conversation, before, _ = drawing.read()
-    contexts = model._drawing_contexts(conversation, before, drawing.sizes)
+    contexts = model._branches(*drawing.read()[:2], drawing.sizes)
     replay_contexts(drawing, contexts, drawing.facts["contexts"])
     replay_velocities(drawing, contexts, is_full_evaluation)
     assert_close(torch.cat(drawing.noise), replay["x_t"][0], "latents", "noise")
@@ -801,7 +820,7 @@ def test_step_reuse_has_the_same_contexts_full_steps_and_decoder(case: Case):
     assert torch.equal(patchify_latents(latents, model.config.latent_patch_size), tokens)
     if case.parity.has_vae:
         replay.close("decoded_float", model.decode_latents(tokens, grid)[None], "pixels")
-        replay.close_picture("decoded_uint8", model._finish_picture(tokens, drawing.sizes[0], "pil"))
+        replay.close_picture("decoded_uint8", model._finish_image(tokens, drawing.sizes[0], "pil"))
     replay.finish()
 
 

@@ -39,10 +39,13 @@ from bagel.embeddings_bagel import (
     BagelTextRotaryEmbedding,
     grid_position_ids,
     read_table,
+    rotate_halves,
+    rotate_pairs,
 )
-from bagel.flow_bagel import patchify_latents, unpatchify_latents
-from bagel.generation_bagel import DrawingOptions
-from bagel.layout_bagel import ImagePlaces, PackedLayout
+from bagel.flow_bagel import DrawingOptions, patchify_latents, unpatchify_latents
+from bagel.generation_bagel import without_dangling_bos
+from bagel.inputs_bagel import latent_position_ids
+from bagel.layout_bagel import PackedLayout, Placeholders
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
 from bagel.modeling_siglip_navit import SiglipVisionModel
 from bagel.packing_bagel import PackingConfig, SamplePlan, SequenceItem, pack_samples
@@ -53,8 +56,6 @@ from bagel.positions_bagel import (
     Qwen3OmniMoeThinkerTextRotaryEmbedding,
     Qwen3OmniMoeVisionPosEmbedInterpolate,
     Qwen3OmniMoeVisionRotaryEmbedding,
-    turn_adjacent,
-    turn_halves,
 )
 
 
@@ -262,12 +263,13 @@ def test_velocity_of_a_picture_being_drawn_is_that_of_a_training_pack(name):
         hidden = model(**pack).last_hidden_state
         clean = pack_latents(model, pack)
         for number, row in enumerate(rows_of(setting)):
-            read = model._read(pad_rows([row]), seen)
-            context = model._drawing_contexts(read, read, [(grid[0] * side, grid[1] * side)]).gen
+            prompt, images = model._read_prompt(pad_rows([row]), seen)
+            read = model._read(without_dangling_bos(model.config, prompt), images)
+            context = model._branches(read, read, [(grid[0] * side, grid[1] * side)]).full
             t = times[number]
             x_t = (1 - t) * clean[number] + t * noise[number]
-            places = model.latent_position_ids(*grid)
-            drawn = model.predict_velocity(x_t[None], t, context.layout, places[None], context.cache, context.plan)
+            assert torch.equal(context.position_ids, latent_position_ids(model.config, grid)[None])
+            drawn = model.predict_velocity(x_t[None], t, context)
             close(drawn[0], model.llm2vae(hidden[learned[number]]), atol=1e-4)
 
 
@@ -327,7 +329,7 @@ def turned(setting: dict, x: torch.Tensor, position_ids: torch.Tensor) -> torch.
     model = tiny_model(**setting)
     attention = model.language_model.model.layers[0].self_attn
     cos, sin = model.language_model.model.rotary_emb(x, position_ids)
-    return attention._turn(x.transpose(1, 2), cos, sin).transpose(1, 2)
+    return attention._rotate(x.transpose(1, 2), cos, sin).transpose(1, 2)
 
 
 def heads(seed: int = 0) -> torch.Tensor:
@@ -359,8 +361,8 @@ def test_three_positions_turn_as_in_the_document():
 def test_pairs_are_halves_or_adjacent():
     x, positions = heads(), torch.arange(20)[None]
     cos, sin = (table[:, :, None] for table in rotary(text())[1](x, positions))
-    assert torch.equal(turned(text(), x, positions), turn_halves(x, cos, sin))
-    assert torch.equal(turned(text(interleave=True), x, positions), turn_adjacent(x, cos, sin))
+    assert torch.equal(turned(text(), x, positions), rotate_halves(x, cos, sin))
+    assert torch.equal(turned(text(interleave=True), x, positions), rotate_pairs(x, cos, sin))
 
 
 def test_context_reaches_as_far_as_it_is_extended():
@@ -380,8 +382,8 @@ def test_context_reaches_as_far_as_it_is_extended():
 # ---- text: three positions per token
 
 
-def places_of(ids: list[list[int]]) -> ImagePlaces:
-    return ImagePlaces.of(torch.tensor(ids), IMAGE, LATENT, VISION_START, VISION_END)
+def placeholders_of(ids: list[list[int]]) -> Placeholders:
+    return Placeholders.find(torch.tensor(ids), IMAGE, LATENT, VISION_START, VISION_END)
 
 
 MARKS = {"s": VISION_START, "e": VISION_END, "i": IMAGE, "l": LATENT, "t": 50, ".": 0}
@@ -389,9 +391,9 @@ MARKS = {"s": VISION_START, "e": VISION_END, "i": IMAGE, "l": LATENT, "t": 50, "
 
 def table_of(tokens: str, images: list, latents: list) -> str:
     ids = [MARKS[token] for token in tokens]
-    places = places_of([ids])
+    placeholders = placeholders_of([ids])
     valid = torch.tensor([[int(token != ".") for token in tokens]])
-    positions = places.positions(valid, places.merge_grids(images, latents))[0]
+    positions = placeholders.positions(valid, placeholders.merge_grids(images, latents))[0]
     return "\n".join("".join(f"{p:>3}" for p in axis) for axis in positions.T.tolist())
 
 
@@ -418,12 +420,12 @@ def test_an_edited_picture_is_two_grids_one_behind_the_other_and_padding_counts_
 
 def test_pictures_of_a_batch_are_counted_row_by_row():
     rows = [[50, VISION_START, LATENT, LATENT, VISION_END, 51], [VISION_START, IMAGE, IMAGE, VISION_END, 51, 52]]
-    places = places_of(rows)
-    grids = places.merge_grids([(2, 1)], [(1, 2)])
+    placeholders = placeholders_of(rows)
+    grids = placeholders.merge_grids([(2, 1)], [(1, 2)])
     assert grids.tolist() == [[1, 2], [2, 1]]
-    both = places.positions(torch.ones(2, 6).long(), grids)
+    both = placeholders.positions(torch.ones(2, 6).long(), grids)
     for number, (row, images, latents) in enumerate(zip(rows, ([], [(2, 1)]), ([(1, 2)], []))):
-        alone = places_of([row])
+        alone = placeholders_of([row])
         assert torch.equal(
             both[number], alone.positions(torch.ones(1, 6).long(), alone.merge_grids(images, latents))[0]
         )
@@ -522,11 +524,11 @@ def test_wrong_numbers_of_positions_are_refused():
     with pytest.raises(ValueError, match="4 positions per token"):
         mrope(**batch, position_ids=torch.zeros(4, 1, length, dtype=torch.long))
     pack = pack_of(mrope, text(**MROPE))
-    with pytest.raises(ValueError, match=r"packed_position_ids holds one position.*PackingRules"):
+    with pytest.raises(ValueError, match=r"packed_position_ids holds one position.*return_position_ids"):
         mrope(**{**pack, "packed_position_ids": pack["packed_position_ids"][:, 0]})
     with pytest.raises(ValueError, match="packed_position_ids holds 3 positions"):
         plain(**pack)
-    with pytest.raises(ValueError, match=r"input_ids mark 1 pictures .* image_grid_hw describes 0"):
+    with pytest.raises(ValueError, match=r"input_ids mark 1 images .* image_grid_hw describes 0"):
         mrope.get_rope_index(batch["input_ids"])
 
 
@@ -584,19 +586,20 @@ def test_interleaved_output_goes_on_behind_the_drawn_grid(grid_model, prompts, p
 
     def watch(conversation, *args):
         longer = read_back(conversation, *args)
-        seen.append((conversation.next_position.item(), longer.next_position.item()))
-        assert torch.equal(longer.position_ids[0, -1], (longer.next_position - 1).expand(3))
+        before, after = conversation.prompt, longer.prompt
+        seen.append((before.next_position.item(), after.next_position.item()))
+        assert torch.equal(after.position_ids[0, -1], (after.next_position - 1).expand(3))
         return longer
 
     monkeypatch.setattr(grid_model, "_read_back", watch)
-    extend, start = grid_model._extend, config.vision_start_token_id
+    read, start = grid_model._read, config.vision_start_token_id
 
     def force(*args, **kwargs):
-        conversation = extend(*args, **kwargs)
-        conversation.logits[:, start] = 1e9
-        return conversation
+        prefill = read(*args, **kwargs)
+        prefill.logits[:, start] = 1e9
+        return prefill
 
-    monkeypatch.setattr(grid_model, "_extend", force)
+    monkeypatch.setattr(grid_model, "_read", force)
     inputs = prompts("interleaved", slice(1, 2))
     options = {**FAST, "generation_mode": "interleaved", "processor": processor, "max_images": 1, "max_new_tokens": 3}
     inputs = {
@@ -770,11 +773,6 @@ def test_pictures_beyond_the_tables_are_an_error_only_without_interpolation(mode
     pack_samples([plan], PackingConfig.of_model(model.config), np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"7x10 tokens.*fit"):
         pack_samples([plan], PackingConfig.of_model(plain.config), np.random.default_rng(0))
-
-
-def test_interleaved_reading_back_is_capped_only_by_tables_that_are_not_interpolated():
-    capped, free = (tiny_model(interpolate_pos=mode)._default_image_processor() for mode in (False, "fit"))
-    assert (capped.latent_size["longest_edge"], free.latent_size["longest_edge"]) == (32, 1024)
 
 
 def test_trained_tables_of_the_tower_get_gradients_between_their_entries():

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
+from bagel.embeddings_bagel import multimodal_axes
 from bagel.positions_bagel import (
     Embed,
     Gemma4PartialRotaryEmbedding,
@@ -35,7 +36,6 @@ from bagel.positions_bagel import (
     YarnRotaryEmbedding,
     attend_on_embedding,
     interpolate_table,
-    multimodal_axes,
 )
 
 

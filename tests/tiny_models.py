@@ -18,8 +18,12 @@ from functools import cache
 
 import torch
 
+from bagel.attention_bagel import FrozenContext, prepare_attention
 from bagel.configuration_bagel import BagelConfig
 from bagel.embeddings_bagel import grid_position_ids
+from bagel.generation_bagel import DrawingContext
+from bagel.inputs_bagel import Prompt, find_placeholders
+from bagel.layout_bagel import PackedLayout
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 
@@ -347,3 +351,28 @@ def _pad_pictures(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
     """(channels, h, w) of several sizes, zero-padded below and right."""
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
     return torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in pictures])
+
+
+# ---- layouts and contexts by hand
+
+
+def layout_of(
+    config: BagelConfig,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.LongTensor | None = None,
+    past_length: int = 0,
+) -> PackedLayout:
+    """The layout of a padded batch, from its ids alone: what `Prompt.layout` does for one whose images are known."""
+    placeholders = find_placeholders(config, input_ids)
+    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].long()
+    prompt = Prompt(input_ids, valid.bool(), placeholders, (), (), placeholders.positions(valid))
+    return prompt.layout(attention_mask, position_ids, past_length)
+
+
+def drawing_context(model, layers, layout: PackedLayout, position_ids: torch.Tensor) -> DrawingContext:
+    """A context to draw under, from cached keys and values and the layout of the noisy blocks."""
+    frozen, decoder = FrozenContext(layers), model.get_decoder()
+    shape_only = torch.empty(layout.batch_size, layout.length, 0, dtype=model.dtype)
+    attention = prepare_attention(model.config.text_config, layout, shape_only, None, frozen)
+    return DrawingContext(frozen, layout, attention, decoder.route(layout), position_ids)

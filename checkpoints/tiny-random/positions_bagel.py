@@ -1,1 +1,0 @@
-../../positions_bagel.py
