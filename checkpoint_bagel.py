@@ -30,7 +30,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
 
-from .configuration_bagel import SUB_CONFIG_ALIASES, BagelVAEConfig
+from .configuration_bagel import GEN_SUFFIX, SUB_CONFIG_ALIASES, BagelVAEConfig
 
 
 logger = logging.get_logger(__name__)
@@ -43,7 +43,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # Parts of the model by module name; `encoder.` and `decoder.` are the VAE under released names.
 PARTS = {
-    "generation expert (*_moe_gen)": r"_moe_gen\.",
+    f"generation expert (*{GEN_SUFFIX})": rf"{GEN_SUFFIX}\.",
     "vision tower and connector": r"^(vit_model|connector|vit_pos_embed)\.",
     "latent embeddings and velocity head": r"^(time_embedder|vae2llm|llm2vae|latent_pos_embed)\.",
     "VAE": r"^(vae|encoder|decoder)\.",

@@ -1,15 +1,16 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a BAGEL model is made of: three nested configs, their aliases and their validation; no torch, no files.
+"""What a BAGEL model is made of: three nested configs, their aliases and their validation; the names of the experts.
 
-The nested configs answer to two names, because two kinds of files exist: `text_config`/`vision_config` (transformers)
-and `llm_config`/`vit_config` (the released checkpoint). Both names are one object.
+It imports no torch and reads no files. Two nested configs have two names each, because two kinds of files exist:
+`text_config`/`vision_config` (transformers) and `llm_config`/`vit_config` (the released checkpoint). Both names are one
+object.
 """
 
 import copy
 import math
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -32,6 +33,32 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "pro
 POSITION_EMBEDDINGS = ("learned", "rope_2d", "llama_vision", "qwen_vision")
 INTERPOLATIONS = (False, True, "bilinear", "fit")
 
+# The experts, and what the names of their modules end in: `und` handles text and ViT tokens, `gen` VAE latents. Weights
+# that both share have the names of `und`.
+EXPERT_SUFFIXES = {"und": "", "gen": "_moe_gen"}
+GEN_SUFFIX = EXPERT_SUFFIXES["gen"]
+
+
+def gen_name(name: str) -> str:
+    """The name of the generation expert's counterpart of a module, both without what they are nested in."""
+    return f"{name}{GEN_SUFFIX}"
+
+
+def und_name(name: str) -> str:
+    """The name of the understanding expert's counterpart of a module or parameter, or `name` itself if it is one."""
+    return name.replace(GEN_SUFFIX, "")
+
+
+def is_gen_name(name: str) -> bool:
+    """Whether a module or parameter belongs to the generation expert alone."""
+    return GEN_SUFFIX in name
+
+
+def expert_suffixes(layer_module: str, part: Literal["attention", "mlp"]) -> tuple[str, ...]:
+    """The suffixes of the weight sets that a decoder layer of this kind has in one of its parts."""
+    shared = layer_module == "Qwen2DecoderLayer" or (layer_module == "Qwen2MoEDecoderLayer" and part == "attention")
+    return (EXPERT_SUFFIXES["und"],) if shared else tuple(EXPERT_SUFFIXES.values())
+
 
 @strict
 class BagelTextConfig(Qwen2Config):
@@ -45,16 +72,16 @@ class BagelTextConfig(Qwen2Config):
             `None` is resolved by [`BagelConfig`]: MoT with `visual_gen`, the plain layer without.
         freeze_und (`bool`, defaults to `False`): stop gradients at every output of the understanding expert
             (released behaviour: those parameters receive exactly zero).
-        rope_parameters (`dict`, *optional*): how positions turn queries and keys, in the words of transformers.
-            `rope_type`: one of `ROPE_TYPES`, with what that type needs (`factor`, `original_max_position_embeddings`,
-            `low_freq_factor` ...), see [`~transformers.modeling_rope_utils.RopeParameters`]. With any of them:
-            `rope_theta` (default 1,000,000); `partial_rotary_factor` in (0, 1], the share of each head that turns
-            (the first features; with `"proportional"` the fastest pairs of the whole head); `mrope_section`, pairs of
-            (time, height, width), gives pictures the rows and columns of their grid as positions, interleaved as in
-            Qwen3-Omni; `interleave` pairs adjacent features instead of the halves of a head.
+        rope_parameters (`dict`, *optional*): how positions rotate queries and keys, under the names that transformers
+            uses. `rope_type`: one of `ROPE_TYPES`, with what that type needs (`factor`, `low_freq_factor`,
+            `original_max_position_embeddings` ...), see [`~transformers.modeling_rope_utils.RopeParameters`]. With any
+            of them: `rope_theta` (default 1,000,000); `partial_rotary_factor` in (0, 1], the share of each head that is
+            rotated (the first features; with `"proportional"` the fastest pairs of the whole head); `mrope_section`,
+            pairs of (time, height, width), gives image tokens their row and column in the grid as positions,
+            interleaved as in Qwen3-Omni; `interleave` pairs adjacent features instead of the halves of a head.
 
     Raises:
-        ValueError: rope parameters that are unknown, missing or contradict each other, where transformers only logs.
+        ValueError: rope parameters that are unknown, missing or contradict each other (transformers only logs those).
     """
 
     model_type = "bagel_text"
@@ -73,24 +100,17 @@ class BagelTextConfig(Qwen2Config):
     layer_module: str | None = None
     freeze_und: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_module is not None and self.layer_module not in DECODER_LAYERS:
             raise ValueError(
                 f"layer_module={self.layer_module!r} is unknown; choose one of {', '.join(DECODER_LAYERS)}."
             )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"text_config: hidden_size={self.hidden_size} is not a multiple of "
-                f"num_attention_heads={self.num_attention_heads}."
-            )
+        _refuse_remainder(self, "hidden_size", "num_attention_heads")
         self.rope_parameters = _rope_parameters(self.rope_parameters, kwargs, self.default_theta)
-        _check_rope(self.rope_parameters, self.hidden_size // self.num_attention_heads, self.max_position_embeddings)
+        head_dim = self.hidden_size // self.num_attention_heads
+        _RopeCheck(self.rope_parameters, head_dim, self.max_position_embeddings).run()
         super().__post_init__(**_without_model_type(kwargs))
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"text_config: num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}."
-            )
+        _refuse_remainder(self, "num_attention_heads", "num_key_value_heads")
 
     @property
     def mrope_section(self) -> tuple[int, int, int] | None:
@@ -100,12 +120,12 @@ class BagelTextConfig(Qwen2Config):
 
     @property
     def rotary_dim(self) -> int:
-        """Features of a head that have an angle (zero for the slow pairs of `"proportional"`); the rest is copied."""
+        """Features of a head that have an angle (0 for the slow pairs of `"proportional"`); the others are copied."""
         return _rotary_dim(self.rope_parameters, self.hidden_size // self.num_attention_heads)
 
     @property
     def max_extended_positions(self) -> int:
-        """Positions that the model addresses: `max_position_embeddings`, or what `rope_parameters` extend it to."""
+        """Longest input in positions: `max_position_embeddings`, or what `rope_parameters` extend it to."""
         rope, longest = self.rope_parameters, self.max_position_embeddings
         if rope["rope_type"] in ("default", "proportional"):
             return longest
@@ -121,10 +141,11 @@ class BagelVisionConfig(SiglipVisionConfig):
     do; how many of them are built follows from `BagelConfig.vit_select_layer`, see `BagelConfig.num_vit_layers`.
 
     Args:
-        position_embedding (`str`, defaults to `"learned"`): where a patch is. `"learned"`: a table, added
-            to the patches. In attention instead, without a table: `"rope_2d"` (half of a head turns with the row, half
-            with the column), `"llama_vision"` (Llama 4: adjacent pairs, columns first, counted from 1),
-            `"qwen_vision"` (Qwen3-Omni: halves, rows first). `BagelConfig.interpolate_pos`: how large pictures fit.
+        position_embedding (`str`, defaults to `"learned"`): how the tower knows row and column of a patch. `"learned"`:
+            a table whose entries are added to the patches. The others rotate queries and keys instead: `"rope_2d"` (the
+            row rotates half of a head, the column the other half), `"llama_vision"` (Llama 4: adjacent pairs, columns
+            first, counted from 1), `"qwen_vision"` (Qwen3-Omni: halves, rows first). See also
+            `BagelConfig.interpolate_pos` for pictures larger than the table.
         rope (`bool`, defaults to `False`): the older name of `position_embedding="rope_2d"`.
     """
 
@@ -141,7 +162,7 @@ class BagelVisionConfig(SiglipVisionConfig):
     rope: bool = False
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**_without_model_type(kwargs))
         self.position_embedding = _position_embedding(self.position_embedding, self.rope)
         self.rope = self.position_embedding == "rope_2d"
@@ -150,15 +171,16 @@ class BagelVisionConfig(SiglipVisionConfig):
                 f"vision_config: patch_size={self.patch_size} and image_size={self.image_size} must be integers; "
                 "the tower takes square patches and a square position table."
             )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"vision_config: hidden_size={self.hidden_size} is not a multiple of "
-                f"num_attention_heads={self.num_attention_heads}."
-            )
+        _refuse_remainder(self, "hidden_size", "num_attention_heads")
         self.check_rotary_heads()
 
     def check_rotary_heads(self) -> None:
-        """Heads of a rotary tower hold pairs for rows and as many for columns."""
+        """
+        Heads of a rotary tower consist of pairs for rows and as many for columns.
+
+        Raises:
+            ValueError: the tower is rotary and its head dimension no multiple of 4.
+        """
         head_dim = self.hidden_size // self.num_attention_heads
         if self.position_embedding != "learned" and head_dim % 4:
             raise ValueError(
@@ -181,12 +203,12 @@ class BagelVisionConfig(SiglipVisionConfig):
 @strict
 class BagelVAEConfig(PreTrainedConfig):
     r"""
-    The image autoencoder, in the words of the released files. Defaults are the FLUX autoencoder that BAGEL uses.
+    The image autoencoder, under the names of the released files. Defaults are the FLUX autoencoder that BAGEL uses.
 
     Args:
         z_channels (`int`): latent channels.
         downsample (`int`): pixels per latent, per side.
-        resolution (`int`): the size it was trained at; it has no effect on the computation.
+        resolution (`int`): the size it was trained at, in pixels; not used.
         in_channels, out_ch, ch (`int`): image channels in and out, width of the first block.
         ch_mult (`list[int]`): width multiplier of each resolution, from the largest picture down.
         num_res_blocks (`int`): residual blocks per resolution in the encoder (the decoder has one more).
@@ -210,7 +232,7 @@ class BagelVAEConfig(PreTrainedConfig):
     shift_factor: float | int = 0.1159
     norm_num_groups: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.ch_mult = list(self.ch_mult)
         if self.norm_num_groups is None:
             self.norm_num_groups = math.gcd(32, self.ch)
@@ -232,31 +254,32 @@ class BagelConfig(PreTrainedConfig):
     Args:
         vision_config, text_config, vae_config: nested configs, as objects or dicts.
         llm_config, vit_config: the released names of `text_config` and `vision_config`.
-        visual_und (`bool`, defaults to `True`): build vision tower and connector (reads pictures).
-        visual_gen (`bool`, defaults to `False`): build VAE, latent and timestep embeddings, velocity head (draws).
+        visual_und (`bool`, defaults to `True`): build vision tower and connector, to read images.
+        visual_gen (`bool`, defaults to `False`): build VAE, latent and timestep embeddings and velocity head, to draw
+            images.
         stage (`int` or `str`, *optional*): 1 = understanding only (no `*_moe_gen` parameters, no VAE), 2 = joint.
-            `1`, `"1"` and `"stage1"` are the same. It decides `visual_gen` and, if needed, `layer_module`.
-        llm_path, vit_path, vae_path (`str`): where the parts came from; not read here.
+            `1`, `"1"` and `"stage1"` are the same. It sets `visual_gen` and, if needed, `layer_module`.
+        llm_path, vit_path, vae_path (`str`): where the parts came from; not used.
         max_latent_size (`int`, defaults to 64): side of the latent position table, in latent patches.
         latent_patch_size (`int`, defaults to 2): latents per latent token, per side.
         vit_patch_size (`int`, defaults to 14): pixels per ViT patch, per side.
         vit_max_num_patch_per_side (`int`, defaults to 70): side of the ViT position tables, in patches.
         connector_act (`str`): activation of the connector MLP.
-        interpolate_pos (`bool` or `str`): which entries of the position tables (ViT and latents) a picture takes.
-            `False`: the upper left corner; a picture larger than a table is an error. `True`: released buckets over the
+        interpolate_pos (`bool` or `str`): which entries of the position tables (ViT and latents) an image reads.
+            `False`: the upper left corner; an image larger than a table is an error. `True`: released buckets over the
             whole table. `"bilinear"`: the whole table, read between its entries, corners on corners (Qwen3-Omni).
-            `"fit"`: the corner as long as the picture fits, a larger one is shrunk until it does and read bilinearly;
-            nothing changes for pictures that a released model knows.
+            `"fit"`: as `False` for an image that fits; the grid of a larger one is shrunk until it does and the table
+            read bilinearly. Nothing changes for images that a released model can take.
         vit_select_layer (`int`, defaults to -2): which hidden state of the SigLIP tower is used; the layers above it
-            are neither stored nor built. This is the only place where that offset is applied.
+            are neither stored nor built. No other setting applies that offset.
         vit_rope (`bool`): same as `vision_config.position_embedding="rope_2d"`.
         text_cond_dropout_prob, vae_cond_dropout_prob, vit_cond_dropout_prob (`float`): training data dropout.
-        timestep_shift (`float`, defaults to 1.0): shift of the TRAINING timesteps (drawing has its own argument).
+        timestep_shift (`float`, defaults to 1.0): shift of the TRAINING timesteps (`generate` has its own argument).
         ce_weight, mse_weight (`float`, default 1.0): weights of the two losses in `loss`.
         ce_loss_reweighting (`bool`, defaults to `False`): weigh every label by the pack's `ce_loss_weights`.
         bos_token_id, eos_token_id: start and end of a text span. vision_start_token_id, vision_end_token_id: start
-            and end of an image span. image_token_id, latent_token_id: a ViT place and a VAE-latent place in
-            `input_ids`; these two never reach the embedding table and may lie outside the vocabulary.
+            and end of an image span. image_token_id, latent_token_id: the placeholders of ViT and of VAE-latent tokens
+            in `input_ids`; these two never reach the embedding table and may lie outside the vocabulary.
     """
 
     model_type = "bagel"
@@ -300,24 +323,20 @@ class BagelConfig(PreTrainedConfig):
     latent_token_id: int = 151654
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         for alias, name in SUB_CONFIG_ALIASES.items():
             if (value := kwargs.pop(alias, None)) is not None:
                 _refuse_two_values(alias, value, name, getattr(self, name))
                 setattr(self, name, value)
-        for name, config_class in self.sub_configs.items():
-            value = getattr(self, name)
-            if value is None or isinstance(value, dict):
-                value = config_class(**(value or {}))
-            elif value.model_type != config_class.model_type:  # a stock Qwen2Config or SiglipVisionConfig
-                value = config_class(**value.to_dict())
-            setattr(self, name, copy.deepcopy(value))  # the caller's object stays as it was
+        self.text_config = _coerce_text_config(self.text_config)
+        self.vision_config = _coerce_vision_config({} if self.vision_config is None else self.vision_config)
+        self.vae_config = _coerce(self.vae_config, BagelVAEConfig)
         self._resolve_stage()
         self._resolve_vision()
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}  # one class, several auto classes
         super().__post_init__(**kwargs)
 
-    def _resolve_stage(self):
+    def _resolve_stage(self) -> None:
         if isinstance(self.stage, bool) or self.stage not in STAGES:
             raise ValueError(
                 f'stage={self.stage!r} is unknown; use 1 ("stage1", understanding) or 2 ("stage2", joint).'
@@ -334,7 +353,7 @@ class BagelConfig(PreTrainedConfig):
         self.text_config.base_model_tp_plan = _tensor_parallel_plan(self.text_config)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
-    def _resolve_vision(self):
+    def _resolve_vision(self) -> None:
         if self.vit_patch_size not in (14, self.vision_config.patch_size):
             raise ValueError(
                 f"vit_patch_size={self.vit_patch_size} contradicts vision_config.patch_size="
@@ -361,27 +380,23 @@ class BagelConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Like the base method, but overrides pass through the same resolution as what the file says."""
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "BagelConfig":
+        """As in transformers, but overrides are resolved and checked like values of the file."""
         config_dict = dict(config_dict)
         if config_dict.get("model_type") == BagelTextConfig.model_type:  # the language part, saved by itself
             config_dict = {"text_config": config_dict}
-        for values in (config_dict, kwargs):
-            for alias, name in SUB_CONFIG_ALIASES.items():
-                if (value := values.pop(alias, None)) is not None:
-                    _refuse_two_values(alias, value, name, values.get(name))
-                    values[name] = value
+        _rename_aliases(config_dict)
+        _rename_aliases(kwargs)
         if "visual_gen" in kwargs and "stage" not in kwargs:
             config_dict.pop("stage", None)
         vision = kwargs.get("vision_config")
         if isinstance(vision, dict) and {"position_embedding", "rope"} & vision.keys() and "vit_rope" not in kwargs:
             config_dict.pop("vit_rope", None)
-        for name in cls.__annotations__:
-            if name in kwargs:
-                value = kwargs.pop(name)
-                if isinstance(value, dict) and isinstance(config_dict.get(name), dict):
-                    value = _overridden(config_dict[name], value)
-                config_dict[name] = value
+        for name in [name for name in cls.__annotations__ if name in kwargs]:
+            value = kwargs.pop(name)
+            if isinstance(value, dict) and isinstance(config_dict.get(name), dict):
+                value = _overridden(config_dict[name], value)
+            config_dict[name] = value
         return super().from_dict(config_dict, **kwargs)
 
     @property
@@ -415,6 +430,33 @@ class BagelConfig(PreTrainedConfig):
         return self.latent_patch_size**2 * self.vae_config.z_channels
 
 
+def _coerce(cfg: dict[str, Any] | PreTrainedConfig | None, config_class: type[PreTrainedConfig]) -> Any:
+    """A config of this class from a dict, from a stock config (`Qwen2Config`, `SiglipVisionConfig`), or as a copy."""
+    if cfg is None or isinstance(cfg, dict):
+        return config_class(**copy.deepcopy(cfg or {}))
+    if cfg.model_type != config_class.model_type:
+        return config_class(**cfg.to_dict())
+    return copy.deepcopy(cfg)  # the caller's object stays as it was
+
+
+def _coerce_text_config(cfg: dict[str, Any] | Qwen2Config | None) -> BagelTextConfig:
+    """A Qwen2 config with BAGEL's `qk_norm`, `layer_module` and `freeze_und`; `None` gives the defaults."""
+    return _coerce(cfg, BagelTextConfig)
+
+
+def _coerce_vision_config(cfg: dict[str, Any] | SiglipVisionConfig | None) -> BagelVisionConfig | None:
+    """A SigLIP vision config with BAGEL's `rope` and `position_embedding`; `None` stays `None`."""
+    return None if cfg is None else _coerce(cfg, BagelVisionConfig)
+
+
+def _rename_aliases(values: dict[str, Any]) -> None:
+    """Store `llm_config` and `vit_config` as `text_config` and `vision_config`, in place."""
+    for alias, name in SUB_CONFIG_ALIASES.items():
+        if (value := values.pop(alias, None)) is not None:
+            _refuse_two_values(alias, value, name, values.get(name))
+            values[name] = value
+
+
 def _refuse_two_values(alias: str, value: Any, name: str, other: Any) -> None:
     if other is not None and other != value:
         raise ValueError(
@@ -422,10 +464,16 @@ def _refuse_two_values(alias: str, value: Any, name: str, other: Any) -> None:
         )
 
 
+def _refuse_remainder(config: PreTrainedConfig, name: str, divisor: str) -> None:
+    whole, parts = getattr(config, name), getattr(config, divisor)
+    if whole % parts:
+        raise ValueError(f"{config.base_config_key}: {name}={whole} is not a multiple of {divisor}={parts}.")
+
+
 def _overridden(stored: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """
-    A nested config with some keys changed. Of two names of one setting the changed one counts, and new rope parameters
-    keep the base that the weights were trained with.
+    A nested config with some keys changed. If a setting has two names, the changed one counts; new rope parameters keep
+    the base that the weights were trained with.
     """
     merged = {**stored, **changes}
     for name, other in (("rope", "position_embedding"), ("position_embedding", "rope")):
@@ -439,7 +487,7 @@ def _overridden(stored: dict[str, Any], changes: dict[str, Any]) -> dict[str, An
 
 
 def _position_embedding(chosen: str, rope: bool) -> str:
-    """What a tower does, from the new name and the old flag."""
+    """The kind of a tower's position embedding, from the setting and the older `rope` flag."""
     if chosen not in POSITION_EMBEDDINGS:
         raise ValueError(
             f"vision_config: position_embedding={chosen!r} is unknown; choose one of {', '.join(POSITION_EMBEDDINGS)}."
@@ -454,10 +502,10 @@ def _position_embedding(chosen: str, rope: bool) -> str:
 
 def _rope_parameters(given: dict | None, kwargs: dict[str, Any], default_theta: float) -> dict[str, Any]:
     """
-    The rope parameters as one dict of their own, from the places where files have them.
+    The rope parameters as one new dict, in whatever form the file stores them.
 
-    Older files write `rope_scaling`, `type` for `rope_type`, and `rope_theta`, `partial_rotary_factor` and
-    `original_max_position_embeddings` beside it; those keys are taken out of `kwargs`.
+    Older files have `rope_scaling` with `type` for `rope_type`, and `rope_theta`, `partial_rotary_factor` and
+    `original_max_position_embeddings` next to it; those keys are removed from `kwargs`.
     """
     scaling = kwargs.pop("rope_scaling", None)
     for name, value in (("rope_parameters", given), ("rope_scaling", scaling)):
@@ -466,7 +514,8 @@ def _rope_parameters(given: dict | None, kwargs: dict[str, Any], default_theta: 
     beside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     outer = {name: value for name in beside if (value := kwargs.pop(name, None)) is not None}
     if scaling:
-        outer |= {"rope_theta": given["rope_theta"]} if given and "rope_theta" in given else {}
+        if given and "rope_theta" in given:
+            outer["rope_theta"] = given["rope_theta"]
         given = scaling
     rope = {key: value for key, value in (given or {}).items() if value is not None}
     old_name = rope.pop("type", None)
@@ -480,105 +529,139 @@ def _rotary_dim(rope: dict[str, Any], head_dim: int) -> int:
     return head_dim if rope["rope_type"] == "proportional" else int(head_dim * rope.get("partial_rotary_factor", 1.0))
 
 
-def _check_rope(rope: dict[str, Any], head_dim: int, max_position_embeddings: int) -> None:
-    """Refuse what transformers would log and compute anyway."""
-    rope_type = rope["rope_type"]
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(
-            f"text_config.rope_parameters: rope_type={rope_type!r} is unknown; choose one of {', '.join(ROPE_TYPES)}. "
-            "Three positions per token are turned on by mrope_section, a partial embedding by partial_rotary_factor, "
-            "adjacent pairs by interleave=True."
-        )
+class _RopeCheck:
+    """
+    Refuses rope parameters that transformers would only log about before computing with them.
 
-    def refuse(name: str, needs: str) -> None:
-        found = f"{name}={rope[name]!r}" if name in rope else f"{name} is missing: it"
-        raise ValueError(f"text_config.rope_parameters (rope_type={rope_type!r}): {found} {needs}.")
+    Args:
+        rope: as [`_rope_parameters`] returns them. head_dim: features of a head. max_position_embeddings: tokens.
+    """
 
-    def require(name: str, at_least: float, needs: str, optional: bool = False, above: bool = False) -> None:
-        value = rope.get(name)
+    def __init__(self, rope: dict[str, Any], head_dim: int, max_position_embeddings: int):
+        self.rope, self.rope_type, self.head_dim = rope, rope["rope_type"], head_dim
+        self.max_position_embeddings = max_position_embeddings
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of features of a head that have an angle."""
+        return _rotary_dim(self.rope, self.head_dim) // 2
+
+    def run(self) -> None:
+        """
+        Raises:
+            ValueError: naming the parameter, its value and what it must be.
+        """
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"text_config.rope_parameters: rope_type={self.rope_type!r} is unknown; choose one of "
+                f"{', '.join(ROPE_TYPES)}. Three positions per token are turned on by mrope_section, a partial "
+                "embedding by partial_rotary_factor, adjacent pairs by interleave=True."
+            )
+        self.require("rope_theta", 1, "must be a number above 1, the base of the frequencies", above=True)
+        if "partial_rotary_factor" in self.rope or self.head_dim % 2:
+            self.check_partial()
+        optional = self.rope_type in ("default", "proportional", "longrope")
+        self.require("factor", 1, "must be a number of at least 1, how many times longer the context gets", optional)
+        if self.rope_type in ("yarn", "longrope", "llama3"):
+            needs = "must be a positive number of tokens, the context that the weights were trained with"
+            self.require("original_max_position_embeddings", 1, needs)
+        checks = {
+            "dynamic": self.check_dynamic,
+            "yarn": self.check_yarn,
+            "llama3": self.check_llama3,
+            "longrope": self.check_longrope,
+        }
+        if self.rope_type in checks:
+            checks[self.rope_type]()
+        self.check_pairs()
+
+    def refuse(self, name: str, needs: str) -> NoReturn:
+        found = f"{name}={self.rope[name]!r}" if name in self.rope else f"{name} is missing: it"
+        raise ValueError(f"text_config.rope_parameters (rope_type={self.rope_type!r}): {found} {needs}.")
+
+    def require(self, name: str, at_least: float, needs: str, optional: bool = False, above: bool = False) -> None:
+        """A number of `at_least` so much, or `above` that."""
+        value = self.rope.get(name)
         if value is None and optional:
             return
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not (value > at_least if above else value >= at_least):
-            refuse(name, needs)
+        if not _is_number(value) or not (value > at_least if above else value >= at_least):
+            self.refuse(name, needs)
 
-    require("rope_theta", 1, "must be a number above 1, the base of the frequencies", above=True)
-    if "partial_rotary_factor" in rope or head_dim % 2:
-        _check_partial(rope, head_dim, refuse)
-    optional_factor = rope_type in ("default", "proportional", "longrope")
-    require("factor", 1, "must be a number of at least 1, how many times longer the context gets", optional_factor)
-    if rope_type in ("yarn", "longrope", "llama3"):
-        needs = "must be a positive number of tokens, the context that the weights were trained with"
-        require("original_max_position_embeddings", 1, needs)
-    pairs = _rotary_dim(rope, head_dim) // 2
-    if rope_type == "dynamic" and pairs < 2:
-        raise ValueError(
-            f"text_config.rope_parameters: rope_type='dynamic' needs at least 2 pairs, the heads have {pairs}."
-        )
-    if rope_type == "yarn":
-        _check_yarn(rope, require, refuse)
-    if rope_type == "llama3":
-        require("low_freq_factor", 0, "must be a positive number", above=True)
-        needs = f"must be a number above low_freq_factor={rope['low_freq_factor']}"
-        require("high_freq_factor", rope["low_freq_factor"], needs, above=True)
-    if rope_type == "longrope":
-        for name in ("short_factor", "long_factor"):
-            values = rope.get(name)
-            if (
-                not isinstance(values, list | tuple)
-                or len(values) != pairs
-                or not all(isinstance(value, Real) and value > 0 for value in values)
-            ):
-                found = f", it has {len(values)}" if isinstance(values, list | tuple) else ""
-                refuse(name, f"must be {pairs} positive numbers, one per pair of features that turn{found}")
-        require("attention_factor", 0, "must be a positive number", optional=True, above=True)
-        if "factor" not in rope and max_position_embeddings < rope["original_max_position_embeddings"]:
-            refuse(
-                "original_max_position_embeddings",
-                f"is above max_position_embeddings={max_position_embeddings}: give the longer one there, or a factor",
+    def check_partial(self) -> None:
+        factor = self.rope.get("partial_rotary_factor", 1.0)
+        if not _is_number(factor) or not 0 < factor <= 1:
+            self.refuse("partial_rotary_factor", "must be in (0, 1], the share of each head that is rotated")
+        rotated = int(self.head_dim * factor)
+        if rotated < 2 or self.head_dim % 2 or (rotated % 2 and self.rope_type != "proportional"):
+            even = max(rotated - rotated % 2, 2)
+            raise ValueError(
+                f"text_config.rope_parameters: partial_rotary_factor={factor} of heads of {self.head_dim} features "
+                f"(hidden_size / num_attention_heads) rotates {rotated}; features are rotated in pairs, so this must "
+                f"be even and positive: {even} is {even}/{self.head_dim} of a head."
             )
-    _check_sections(rope, pairs, refuse)
 
+    def check_dynamic(self) -> None:
+        if self.pairs < 2:
+            raise ValueError(
+                f"text_config.rope_parameters: rope_type='dynamic' needs at least 2 pairs, the heads have {self.pairs}."
+            )
 
-def _check_partial(rope: dict[str, Any], head_dim: int, refuse) -> None:
-    factor = rope.get("partial_rotary_factor", 1.0)
-    if not isinstance(factor, Real) or isinstance(factor, bool) or not 0 < factor <= 1:
-        refuse("partial_rotary_factor", "must be in (0, 1], the share of each head that turns")
-    turned = int(head_dim * factor)
-    if turned < 2 or head_dim % 2 or (turned % 2 and rope["rope_type"] != "proportional"):
-        raise ValueError(
-            f"text_config.rope_parameters: partial_rotary_factor={factor} of heads of {head_dim} features "
-            f"(hidden_size / num_attention_heads) turns {turned}; features turn in pairs, so this must be even and "
-            f"positive: {max(turned - turned % 2, 2)} is {max(turned - turned % 2, 2)}/{head_dim} of a head."
-        )
+    def check_yarn(self) -> None:
+        for name in ("beta_fast", "beta_slow", "attention_factor"):
+            self.require(name, 0, "must be a positive number", optional=True, above=True)
+        slow = self.rope.get("beta_slow", 1)
+        if self.rope.get("beta_fast", 32) <= slow:
+            needs = f"must be above beta_slow={slow}: full rotations within the original length, fast pairs make more"
+            self.refuse("beta_fast", needs)
+        if not isinstance(self.rope.get("truncate", True), bool):
+            self.refuse("truncate", "must be True or False")
 
+    def check_llama3(self) -> None:
+        self.require("low_freq_factor", 0, "must be a positive number", above=True)
+        low = self.rope["low_freq_factor"]
+        self.require("high_freq_factor", low, f"must be a number above low_freq_factor={low}", above=True)
 
-def _check_yarn(rope: dict[str, Any], require, refuse) -> None:
-    for name in ("beta_fast", "beta_slow", "attention_factor"):
-        require(name, 0, "must be a positive number", optional=True, above=True)
-    slow = rope.get("beta_slow", 1)
-    if rope.get("beta_fast", 32) <= slow:
-        refuse("beta_fast", f"must be above beta_slow={slow}: turns within the original length, fast pairs make more")
-    if not isinstance(rope.get("truncate", True), bool):
-        refuse("truncate", "must be True or False")
+    def check_longrope(self) -> None:
+        for name in ("short_factor", "long_factor"):
+            self.check_factor_per_pair(name)
+        self.require("attention_factor", 0, "must be a positive number", optional=True, above=True)
+        original = self.rope["original_max_position_embeddings"]
+        if "factor" not in self.rope and self.max_position_embeddings < original:
+            longest = f"max_position_embeddings={self.max_position_embeddings}"
+            needs = f"is above {longest}: give the longer one there, or a factor"
+            self.refuse("original_max_position_embeddings", needs)
 
+    def check_factor_per_pair(self, name: str) -> None:
+        values = self.rope.get(name)
+        is_list = isinstance(values, list | tuple)
+        if is_list and len(values) == self.pairs and all(isinstance(one, Real) and one > 0 for one in values):
+            return
+        found = f", it has {len(values)}" if is_list else ""
+        self.refuse(name, f"must be {self.pairs} positive numbers, one per pair of features that is rotated{found}")
 
-def _check_sections(rope: dict[str, Any], pairs: int, refuse) -> None:
-    if not isinstance(rope.get("interleave", False), bool):
-        refuse("interleave", "must be True (adjacent features are a pair) or False (the halves of a head are)")
-    if rope.get("mrope_interleaved") is False:
-        refuse("mrope_interleaved", "is not supported: sections are interleaved here (T H W T H W ..., Qwen3-Omni)")
-    section = rope.get("mrope_section")
-    if section is None:
-        return
-    whole = isinstance(section, list | tuple) and all(type(one) is int and one >= 0 for one in section)
-    if not whole or len(section) != 3 or sum(section) != pairs:
+    def check_pairs(self) -> None:
+        """Which features are a pair, and which position rotates each."""
+        if not isinstance(self.rope.get("interleave", False), bool):
+            self.refuse("interleave", "must be True (adjacent features are a pair) or False (the halves of a head are)")
+        if self.rope.get("mrope_interleaved") is False:
+            needs = "is not supported: sections are interleaved here (T H W T H W ..., Qwen3-Omni)"
+            self.refuse("mrope_interleaved", needs)
+        section = self.rope.get("mrope_section")
+        if section is None:
+            return
+        whole = isinstance(section, list | tuple) and all(type(one) is int and one >= 0 for one in section)
+        if whole and len(section) == 3 and sum(section) == self.pairs:
+            return
         total = f", {sum(section)} in all" if whole else ""
-        refuse(
+        self.refuse(
             "mrope_section",
-            f"must be three numbers of pairs, (time, height, width), that sum to {pairs}, half of the {2 * pairs} "
-            f"features of a head that turn{total}",
+            f"must be three numbers of pairs, (time, height, width), that sum to {self.pairs}, half of the "
+            f"{2 * self.pairs} features of a head that are rotated{total}",
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _tensor_parallel_plan(config: BagelTextConfig) -> dict[str, str]:
@@ -587,23 +670,23 @@ def _tensor_parallel_plan(config: BagelTextConfig) -> dict[str, str]:
     if config.qk_norm:
         attention |= {"q_norm": "replicated_with_grad_allreduce", "k_norm": "replicated_with_grad_allreduce"}
     mlp = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-    mot, moe = config.layer_module == "Qwen2MoTDecoderLayer", config.layer_module != "Qwen2DecoderLayer"
+    layer_module = config.layer_module or "Qwen2DecoderLayer"
     return {
         **{
-            f"layers.*.self_attn.{name}{sibling}": plan
-            for sibling in (("", "_moe_gen") if mot else ("",))
+            f"layers.*.self_attn.{name}{suffix}": plan
+            for suffix in expert_suffixes(layer_module, "attention")
             for name, plan in attention.items()
         },
         **{
-            f"layers.*.mlp{sibling}.{name}": plan
-            for sibling in (("", "_moe_gen") if moe else ("",))
+            f"layers.*.mlp{suffix}.{name}": plan
+            for suffix in expert_suffixes(layer_module, "mlp")
             for name, plan in mlp.items()
         },
     }
 
 
 def _without_model_type(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Released nested configs carry the model type of their backbone (`qwen2`), which is not ours to keep."""
+    """Released nested configs have the model type of their backbone (`qwen2`), which would replace ours."""
     return {key: value for key, value in kwargs.items() if key != "model_type"}
 
 

@@ -26,12 +26,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from .checkpoint_bagel import HUB_KWARGS, read_header, switched_off_parts
+from .configuration_bagel import EXPERT_SUFFIXES, expert_suffixes, is_gen_name
 
 
 logger = logging.get_logger(__name__)
 
-EXPERTS = ("both", "und", "gen")
-PARTS = ("attention", "mlp")
+EXPERTS = ("both", *EXPERT_SUFFIXES)
+LAYER_PATTERNS = {"attention": r"self_attn\.[qkvo]_proj{}", "mlp": r"mlp{}\.(gate|up|down)_proj"}  # {} = the expert
+PARTS = tuple(LAYER_PATTERNS)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -64,13 +66,13 @@ def lora_targets(
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(f"parts={parts} must name at least one of {PARTS} and nothing else.")
     layer_module = _layer_module(model_or_config)
-    suffixes = {"both": ("", "_moe_gen"), "und": ("",), "gen": ("_moe_gen",)}[experts]
-    layers = []
-    for suffix in suffixes:
-        if "attention" in parts and (not suffix or layer_module == "Qwen2MoTDecoderLayer"):
-            layers.append(rf"self_attn\.[qkvo]_proj{suffix}")
-        if "mlp" in parts and (not suffix or layer_module != "Qwen2DecoderLayer"):
-            layers.append(rf"mlp{suffix}\.(gate|up|down)_proj")
+    chosen = EXPERT_SUFFIXES.values() if experts == "both" else (EXPERT_SUFFIXES[experts],)
+    layers = [
+        pattern.format(suffix)
+        for suffix in chosen
+        for part, pattern in LAYER_PATTERNS.items()
+        if part in parts and suffix in expert_suffixes(layer_module, part)
+    ]
     if not layers:
         raise ValueError(
             f"experts={experts!r}, parts={parts} match no layer: a decoder of {layer_module} "
@@ -243,7 +245,7 @@ def _unfilled(targeted: set[str], stored: Mapping[str, tuple[int, ...]]) -> list
     filled = {match["layer"] for name in stored if (match := _LORA_TENSOR.fullmatch(name))}
     parts: dict[tuple[str, bool], set[str]] = {}
     for name in targeted:
-        parts.setdefault((name.split(".")[0], "_moe_gen" in name), set()).add(name)
+        parts.setdefault((name.split(".")[0], is_gen_name(name)), set()).add(name)
     return sorted(name for names in parts.values() if names & filled for name in names - filled)
 
 

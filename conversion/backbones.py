@@ -40,7 +40,7 @@ from ..checkpoint_bagel import (
     to_module_shape,
     vae_facts,
 )
-from ..configuration_bagel import SUB_CONFIG_ALIASES, BagelVAEConfig
+from ..configuration_bagel import SUB_CONFIG_ALIASES, BagelVAEConfig, und_name
 from ..processing_bagel import BagelProcessor
 
 
@@ -533,7 +533,7 @@ def _find_text(tensors: Mapping[str, LazyTensor], name: str, shape: tuple[int, .
     name = name.removeprefix("model.")
     if name in tensors:
         return name, tensors[name]
-    name = name.replace("_moe_gen", "")
+    name = und_name(name)
     if name not in tensors and re.search(r"\.[qk]_norm\.weight$", name):  # Qwen2 has none
         return name, LazyTensor(shape, torch.float32, lambda: torch.ones(shape))
     return name, tensors.get(name)

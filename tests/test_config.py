@@ -1,9 +1,10 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The config: its arguments, its two vocabularies, and how stage, layers and overrides are resolved."""
+"""The config: its arguments, its two sets of names, and how stage, layers and overrides are resolved."""
 
 import copy
 import importlib
+import inspect
 import json
 
 import pytest
@@ -11,7 +12,20 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tiny_models import tiny_config
 from transformers import Qwen2Config, SiglipVisionConfig
 
-from bagel.configuration_bagel import AUTO_MAP, BagelConfig, BagelTextConfig, BagelVAEConfig, BagelVisionConfig
+from bagel import configuration_bagel
+from bagel.configuration_bagel import (
+    AUTO_MAP,
+    BagelConfig,
+    BagelTextConfig,
+    BagelVAEConfig,
+    BagelVisionConfig,
+    _coerce_text_config,
+    _coerce_vision_config,
+    expert_suffixes,
+    gen_name,
+    is_gen_name,
+    und_name,
+)
 
 
 pytestmark = pytest.mark.core
@@ -48,7 +62,7 @@ ARGUMENTS = {
     "mse_weight": (1.0, 0.5),
 }
 
-# In the words of the released files: nested names of the original code, old rope keys, a dtype of the old name.
+# As in the released files: nested names of the original code, old rope keys, a dtype under its old name.
 RELEASED = {
     "architectures": ["BagelForConditionalGeneration"],
     "model_type": "bagel",
@@ -203,7 +217,7 @@ def test_both_names_with_equal_values_are_accepted():
     assert config.text_config.num_hidden_layers == 5
 
 
-def test_a_file_of_one_vocabulary_equals_a_file_of_the_other(released, tmp_path):
+def test_a_file_with_one_set_of_names_equals_a_file_with_the_other(released, tmp_path):
     other = {{"llm_config": "text_config", "vit_config": "vision_config"}.get(k, k): v for k, v in RELEASED.items()}
     (tmp_path / "other").mkdir()
     write(tmp_path / "other", other)
@@ -415,13 +429,13 @@ def test_sizes_that_do_not_divide_are_refused_with_both_numbers(nested, numbers)
 # ---- overrides
 
 
-def test_stage_override_turns_a_joint_file_into_a_reader(released):
+def test_stage_override_makes_a_joint_file_a_reader(released):
     config = BagelConfig.from_pretrained(released, stage=1)
     assert (config.stage, config.visual_gen, config.text_config.layer_module) == (1, False, PLAIN)
     assert config.text_config.hidden_size == 64
 
 
-def test_stage_override_turns_a_saved_reader_into_a_joint_model(tmp_path):
+def test_stage_override_makes_a_saved_reader_a_joint_model(tmp_path):
     BagelConfig(stage=1).save_pretrained(tmp_path)
     config = BagelConfig.from_pretrained(tmp_path, stage="stage2")
     assert (config.stage, config.visual_gen, config.text_config.layer_module) == (2, True, MOT)
@@ -503,3 +517,56 @@ def test_attention_implementation_reaches_the_nested_configs():
     config = BagelConfig(attn_implementation="eager")
     assert [config.text_config._attn_implementation, config.vision_config._attn_implementation] == ["eager"] * 2
     assert BagelConfig()._attn_implementation is None
+
+
+# ---- the documented helpers
+
+
+def test_documented_functions_take_what_is_documented():
+    for name in ("_coerce_text_config", "_coerce_vision_config"):
+        (parameter,) = inspect.signature(getattr(configuration_bagel, name)).parameters.values()
+        assert (parameter.name, parameter.default) == ("cfg", inspect.Parameter.empty)
+
+
+@pytest.mark.parametrize("given", [None, {}, {"hidden_size": 64, "num_attention_heads": 4}, "stock"])
+def test_text_config_is_coerced_from_nothing_a_dict_or_a_stock_config(given):
+    stock = Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=4)
+    config = _coerce_text_config(stock if given == "stock" else given)
+    assert type(config) is BagelTextConfig
+    assert config.hidden_size == (64 if given else 3584)
+    assert (config.qk_norm, config.layer_module, config.freeze_und) == (True, None, False)
+    assert hasattr(config, "pad_token_id")
+
+
+def test_vision_config_is_coerced_and_nothing_stays_nothing():
+    assert _coerce_vision_config(None) is None
+    assert type(_coerce_vision_config({})) is BagelVisionConfig
+    assert _coerce_vision_config(SiglipVisionConfig(hidden_size=64, num_attention_heads=4)).hidden_size == 64
+    assert _coerce_vision_config({"rope": True}).position_embedding == "rope_2d"
+
+
+@pytest.mark.parametrize("coerce", [_coerce_text_config, _coerce_vision_config])
+def test_coerced_config_is_a_copy(coerce):
+    given = coerce({})
+    config = coerce(given)
+    assert config is not given
+    assert config.to_dict() == given.to_dict()
+
+
+# ---- the names of the experts
+
+
+def test_experts_are_told_apart_by_name():
+    assert gen_name("q_proj") == "q_proj_moe_gen"
+    assert und_name("layers.0.mlp_moe_gen.up_proj.weight") == "layers.0.mlp.up_proj.weight"
+    assert und_name("layers.0.mlp.up_proj.weight") == "layers.0.mlp.up_proj.weight"
+    assert [is_gen_name(name) for name in ("mlp_moe_gen.up_proj", "mlp.up_proj", "llm2vae")] == [True, False, False]
+
+
+@pytest.mark.parametrize(("layer_module", "attention", "mlp"), [(PLAIN, 1, 1), (MOE, 1, 2), (MOT, 2, 2)])
+def test_decoder_layer_says_which_parts_each_expert_has(layer_module, attention, mlp):
+    assert expert_suffixes(layer_module, "attention") == ("", "_moe_gen")[:attention]
+    assert expert_suffixes(layer_module, "mlp") == ("", "_moe_gen")[:mlp]
+    plan = BagelConfig(visual_gen=True, text_config={"layer_module": layer_module}).text_config.base_model_tp_plan
+    assert len(plan) == 6 * attention + 3 * mlp
+    assert sum(map(is_gen_name, plan)) == 6 * (attention - 1) + 3 * (mlp - 1)

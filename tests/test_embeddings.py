@@ -2,18 +2,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and features against their formulas, and what becomes of the tables when a model is loaded."""
 
+import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import fresh_tiny_model, tiny_config, tiny_model
 
+from bagel import embeddings_bagel
 from bagel.embeddings_bagel import (
     BagelGridPositionEmbedding,
     BagelTimestepEmbedding,
     RotaryEmbedding2D,
+    _build_2d_sincos_pos_embed,
+    _build_square_grid_positions,
+    _encode_scalar_positions,
+    _geometric_frequencies,
+    _get_2d_sincos_pos_embed,
     _timestep_features,
+    cos_sin,
     grid_position_ids,
+    inverse_frequencies,
+    llama_vision_angles,
+    plain_frequencies,
+    qwen_vision_angles,
+    rotate_halves,
+    rotate_pairs,
 )
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
@@ -141,8 +156,8 @@ def test_rotary_tables_are_their_formula():
     side, dim = 5, 6
     rope = RotaryEmbedding2D(dim, side, side)
     ids = torch.tensor([0, 7, 24, 13])
-    for number, place in enumerate(ids.tolist()):
-        for axis, coordinate in enumerate(divmod(place, side)):
+    for number, entry in enumerate(ids.tolist()):
+        for axis, coordinate in enumerate(divmod(entry, side)):
             cos, sin = rope(ids)[2 * axis][number], rope(ids)[2 * axis + 1][number]
             for k in range(dim):
                 angle = coordinate / 10000 ** (2 * (k % (dim // 2)) / dim)
@@ -153,6 +168,90 @@ def test_rotary_tables_are_their_formula():
 def test_rotary_of_an_odd_width_is_refused():
     with pytest.raises(ValueError, match="must be even"):
         RotaryEmbedding2D(5, 4, 4)
+
+
+# ---- rotation
+
+
+@pytest.mark.parametrize(
+    ("rotate", "pair"), [(rotate_halves, lambda i: (i, i + 4)), (rotate_pairs, lambda i: (2 * i, 2 * i + 1))]
+)
+def test_pairs_are_rotated_counter_clockwise(rotate, pair):
+    x, angles = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 2, 12).view(3, 4)
+    rotated = rotate(x, *cos_sin(angles))
+    for row in range(3):
+        for i in range(4):
+            first, second = pair(i)
+            expected = complex(x[row, first], x[row, second]) * complex(math.cos(angles[row, i]), angles[row, i].sin())
+            assert complex(rotated[row, first], rotated[row, second]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_plain_frequencies_are_their_formula():
+    expected = torch.tensor([1000.0 ** (-2 * i / 6) for i in range(3)])
+    torch.testing.assert_close(plain_frequencies(6, 1000.0), expected)
+    assert torch.equal(plain_frequencies(6, 1000.0) / 4, inverse_frequencies("linear", 6, 1000.0, factor=4.0))
+    assert plain_frequencies(0).shape == (0,)
+
+
+def test_angles_of_the_two_vision_towers_are_their_formulas():
+    """Llama 4: columns first, from 1. Qwen3-Omni: rows first, from 0. Fractions of a patch are positions, too."""
+    rows, columns = torch.tensor([0, 2, 5]), torch.tensor([1, 0, 3])
+    frequencies = torch.tensor([1.0, 0.01])  # heads of 8: two pairs per axis
+    llama = torch.cat([torch.outer(columns + 1.0, frequencies), torch.outer(rows + 1.0, frequencies)], dim=1)
+    qwen = torch.cat([torch.outer(rows.float(), frequencies), torch.outer(columns.float(), frequencies)], dim=1)
+    torch.testing.assert_close(llama_vision_angles(rows, columns, 8), llama)
+    torch.testing.assert_close(qwen_vision_angles(rows, columns, 8), qwen)
+    halfway = qwen_vision_angles(rows + 0.5, columns + 0.5, 8)
+    torch.testing.assert_close(halfway, qwen + 0.5 * torch.cat([frequencies, frequencies]))
+
+
+# ---- the documented names
+
+
+NOTHING = inspect.Parameter.empty
+DOCUMENTED = {
+    "BagelGridPositionEmbedding": {"max_num_patch_per_side": NOTHING, "hidden_size": NOTHING},
+    "BagelTimestepEmbedding": {"hidden_size": NOTHING, "frequency_embedding_size": 256},
+    "_build_2d_sincos_pos_embed": {"embed_dim": NOTHING, "grid_size": NOTHING},
+    "_build_square_grid_positions": {"grid_size": NOTHING},
+    "_encode_scalar_positions": {"positions": NOTHING, "width": NOTHING},
+    "_geometric_frequencies": {"width": NOTHING, "device": None},
+    "_get_2d_sincos_pos_embed": {"embed_dim": NOTHING, "grid_size": NOTHING},
+    "_timestep_features": {"timesteps": NOTHING, "width": NOTHING, "max_period": 10000},
+    "_validate_even": {"value": NOTHING, "name": NOTHING},
+    "_validate_positive": {"value": NOTHING, "name": NOTHING},
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_documented_names_have_their_parameters_and_defaults(name):
+    found = inspect.signature(getattr(embeddings_bagel, name)).parameters.values()
+    assert {parameter.name: parameter.default for parameter in found} == DOCUMENTED[name]
+
+
+def test_documented_data_and_methods_are_there():
+    assert embeddings_bagel._SIN_COS_BASE == 10000.0
+    assert list(inspect.signature(BagelGridPositionEmbedding.forward).parameters) == ["self", "position_ids"]
+    assert list(inspect.signature(BagelTimestepEmbedding.forward).parameters) == ["self", "t"]
+    embedding = BagelGridPositionEmbedding(3, 8)
+    embedding.pos_embed.zero_()
+    assert embedding._init_weights() is None
+    assert torch.equal(embedding.pos_embed, embedding.table())
+
+
+def test_grid_table_is_made_of_the_documented_functions():
+    columns, rows = _build_square_grid_positions(3)
+    assert rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert columns.tolist() == [0, 1, 2] * 3
+    assert _geometric_frequencies(4).tolist() == pytest.approx([1.0, 0.01])
+    assert _geometric_frequencies(4, torch.device("meta")).is_meta
+    encoded = _encode_scalar_positions(torch.tensor([2.0]), 4)
+    expected = [math.sin(2), math.sin(0.02), math.cos(2), math.cos(0.02)]
+    assert encoded.tolist()[0] == pytest.approx(expected)
+    table = _get_2d_sincos_pos_embed(8, 3)
+    assert isinstance(table, np.ndarray)
+    assert table.dtype == np.float32
+    assert np.array_equal(table, _build_2d_sincos_pos_embed(8, 3).numpy())
 
 
 # ---- tables in a model

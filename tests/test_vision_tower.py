@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The packed vision tower: a pack is its images one at a time, on every kernel, under the released names."""
 
+import inspect
 import json
 import random
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 import torch
 from tiny_models import randomize, tiny_config, tiny_model
 from torch import nn
+from transformers import PreTrainedModel
+from transformers import SiglipVisionConfig as StockVisionConfig
 
+from bagel import modeling_siglip_navit
 from bagel.configuration_bagel import BagelConfig, BagelVisionConfig
 from bagel.embeddings_bagel import grid_position_ids
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
@@ -124,7 +128,7 @@ def plain_tower(model: SiglipVisionModel, pixels: torch.Tensor, positions: torch
             own = slice(head * head_dim, (head + 1) * head_dim)
             q_h, k_h = q[:, own], k[:, own]
             if config.rope:
-                q_h, k_h = (turn(part, positions) for part in (q_h, k_h))
+                q_h, k_h = (rotate(part, positions) for part in (q_h, k_h))
             outs.append(((q_h @ k_h.T) / head_dim**0.5).softmax(-1) @ v[:, own])
         x = x + attention.out_proj(torch.cat(outs, dim=1))
         hidden = nn.functional.gelu(layer.mlp.fc1(layer.layer_norm2(x)), approximate="tanh")
@@ -132,14 +136,14 @@ def plain_tower(model: SiglipVisionModel, pixels: torch.Tensor, positions: torch
     return vision.post_layernorm(x)
 
 
-def turn(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """2-D rotary by complex numbers: a quarter of the head pairs with the next, rows first, then columns."""
     quarter, out = x.shape[1] // 4, []
     for axis, coordinate in enumerate((positions // SIDE, positions % SIDE)):
         first, second = x[:, 2 * axis * quarter :][:, :quarter], x[:, (2 * axis + 1) * quarter :][:, :quarter]
         angle = coordinate[:, None] * 10000.0 ** (-torch.arange(quarter) / quarter)
-        turned = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)
-        out += [turned.real, turned.imag]
+        rotated = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)
+        out += [rotated.real, rotated.imag]
     return torch.cat(out, dim=1)
 
 
@@ -217,6 +221,35 @@ def test_released_names_and_shapes_are_those_of_the_model():
     assert {name: ours.get(name) for name in short_list} == short_list
     assert len(ours) == 3 + 26 * 16 + 2
     assert not any(".layers.26." in name for name in ours)
+
+
+def test_documented_classes_are_there():
+    bases = {
+        "RotaryEmbedding2D": nn.Module,
+        "SiglipAttention": nn.Module,
+        "SiglipEncoder": nn.Module,
+        "SiglipEncoderLayer": nn.Module,
+        "SiglipFlashAttention2": modeling_siglip_navit.SiglipAttention,
+        "SiglipMLP": nn.Module,
+        "SiglipPreTrainedModel": PreTrainedModel,
+        "SiglipVisionConfig": StockVisionConfig,
+        "SiglipVisionEmbeddings": nn.Module,
+        "SiglipVisionModel": modeling_siglip_navit.SiglipPreTrainedModel,
+        "SiglipVisionTransformer": nn.Module,
+    }
+    for name, base in bases.items():
+        assert issubclass(getattr(modeling_siglip_navit, name), base), name
+    assert set(bases) | {"convert_conv2d_to_linear"} == set(modeling_siglip_navit.__all__)
+    assert modeling_siglip_navit.SiglipVisionConfig(rope=True).rope is True
+    on_module = inspect.signature(modeling_siglip_navit.SiglipVisionEmbeddings.convert_conv2d_to_linear).parameters
+    assert list(on_module)[1:] == ["config", "meta"]
+    assert list(inspect.signature(convert_conv2d_to_linear).parameters)[1:] == ["config", "meta"]
+    assert on_module["meta"].default is False
+
+
+def test_attention_holds_the_projections_and_their_names():
+    attention = modeling_siglip_navit.SiglipAttention(tower().config)
+    assert {name for name, _ in attention.named_children()} == {"q_proj", "k_proj", "v_proj", "out_proj"}
 
 
 # ---- edges

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..configuration_bagel import gen_name, is_gen_name
+
 
 class Meter:
     """Sums over the packs since the last log: errors and their counts, tokens, packs; and the time they took."""
@@ -92,7 +94,7 @@ def matrices(model: torch.nn.Module) -> dict[str, int]:
             kind = "velocities"
         elif not is_in(name, "language_model"):
             kind = "latent"
-        elif "_moe_gen" in name:
+        elif is_gen_name(name):
             kind = "gen"
         elif gen_siblings(name) & names:
             kind = "und"
@@ -140,4 +142,4 @@ def is_in(name: str, part: str) -> bool:
 def gen_siblings(name: str) -> set[str]:
     """What the generation expert's counterpart may be called."""
     parts = name.split(".")
-    return {".".join([*parts[:i], f"{parts[i]}_moe_gen", *parts[i + 1 :]]) for i in range(len(parts))}
+    return {".".join([*parts[:i], gen_name(parts[i]), *parts[i + 1 :]]) for i in range(len(parts))}
