@@ -14,16 +14,19 @@ OLDEST := .venv-oldest
 
 .PHONY: demo test eval tiny-shapes check format test-oldest clean
 
-$(VENV)/ready: requirements.txt pyproject.toml
+$(VENV)/ready: requirements.txt pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
 	touch $@
 
-$(OLDEST)/ready: requirements.txt pyproject.toml
+# the exact versions but that of transformers, and of what transformers decides
+$(OLDEST)/ready: requirements.txt pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet $(TORCH) $(OLDEST_TRANSFORMERS)
-	$(OLDEST)/bin/python -m pip install --quiet --editable ".[dev]" $(OLDEST_TRANSFORMERS)
+	grep -v -E '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet $(TORCH)
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[dev]" $(OLDEST_TRANSFORMERS) \
+		--constraint $(OLDEST)/constraints.txt
 	touch $@
 
 demo: $(VENV)/ready
