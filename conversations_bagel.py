@@ -1,6 +1,6 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations to sequence plans: what of a row is trained, what is context, and which pictures it takes to show it.
+"""Conversations to sequence plans and packs: what of a row is trained, what is context, which pictures it takes.
 
 It knows the form of a row and the processor; it knows nothing of where rows come from. A row is a conversation:
 
@@ -19,13 +19,28 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 from PIL import Image
+from transformers.utils import logging
 
 from .image_processing_bagel import SETTINGS, flatten_images, load_image
-from .packing_bagel import DrawnSample, PackingRules, SamplePlan, SequenceItem
+from .packing_bagel import (
+    PACKING_FACTS,
+    PackingConfig,
+    RandomizedSample,
+    RandomSource,
+    SamplePlan,
+    SequenceItem,
+    pack,
+    randomize,
+    rng_of_torch,
+)
 
+
+logger = logging.get_logger(__name__)
 
 ROLES = ("system", "user", "assistant")
+CONTENT_TYPES = ("text", "image", "image_url")  # transformers turns the last into the second
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")  # where an image may stand inside its item
+PLANNING_OPTIONS = ("decisions", "share_max_pixels", "image_settings", "image_folder")
 EXIF_ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
 
 
@@ -48,7 +63,8 @@ class Element(NamedTuple):
     frame_deltas: tuple[int | None, ...] = (None,)
 
     @property
-    def drawn(self) -> bool:
+    def is_generated(self) -> bool:
+        """It is an image or a clip that the model learns to draw."""
         return self.trained and self.kind != "text"
 
 
@@ -92,7 +108,7 @@ class ConversationPlanner:
 
     Args:
         processor: a `BagelProcessor`; its tokenizer and image processor are used.
-        rules: what packing needs to know of the model.
+        config: the facts of the model that packing needs. By default those of the processor.
         decisions: at the end of each of the assistant's spans, train the first token of the next one as the label (bos
             or vision_start), and eos where its turn ends, so that `generation_mode="interleaved"` learns to decide.
             A last image is then read back too if its turn holds more than itself. `False` gives the plans of the
@@ -102,38 +118,34 @@ class ConversationPlanner:
         image_folder: where relative image paths start.
 
     Raises:
-        ValueError: processor and rules belong to different models.
+        ValueError: processor (or `image_settings`) and `config` belong to different models.
     """
 
     def __init__(
         self,
         processor: Any,
-        rules: PackingRules,
+        config: PackingConfig | None = None,
         *,
         decisions: bool = True,
         share_max_pixels: bool = False,
         image_settings: Mapping[str, Any] | None = None,
         image_folder: str | os.PathLike | None = None,
     ):
-        self.tokenizer, self.rules, self.decisions = processor.tokenizer, rules, decisions
+        self.tokenizer, self.decisions = processor.tokenizer, decisions
+        self.config = processor.packing_config if config is None else config
         self.share_max_pixels, self.image_folder = share_max_pixels, image_folder
         current = {name: getattr(processor.image_processor, name) for name in SETTINGS}
         self._image_settings = current | dict(image_settings or {})
         self._image_processor_class = type(processor.image_processor)
         self._image_processors = {}
-        self._placeholders = {processor.image_token_id, processor.latent_token_id}
-        image_processor = self._image_processor(1)
-        pairs = [
-            (f"{name}_token_id", getattr(processor, f"{name}_token_id"), getattr(rules, f"{name}_token_id"))
-            for name in ("bos", "eos", "vision_start", "vision_end")
-        ]
-        pairs.append(("patch_size", image_processor.patch_size, rules.vit_patch_size))
-        pairs.append(("latent_stride", image_processor.latent_stride, rules.latent_downsample))
-        for name, ours, theirs in pairs:
-            if ours != theirs:
+        strides = {"vit_patch_size": "patch_size", "latent_downsample": "latent_stride"}
+        ours = {fact: self._image_settings[name] for fact, name in strides.items()}
+        ours |= {name: getattr(processor, name) for name in PACKING_FACTS if name.endswith("token_id")}
+        for name, value in ours.items():
+            if value != getattr(self.config, name):
                 raise ValueError(
-                    f"The processor's {name} is {ours}, the packing rules say {theirs}: take both from one checkpoint, "
-                    "PackingRules.of(model.config)."
+                    f"The processor's {strides.get(name, name)} is {value}, the packing config says "
+                    f"{getattr(self.config, name)}: take both from one checkpoint, processor.packing_config."
                 )
 
     def outline(self, row: Mapping[str, Any], name: str = "a sample") -> Outline:
@@ -141,7 +153,7 @@ class ConversationPlanner:
         Everything but pixels. Reads the headers of the row's images.
 
         Raises:
-            ValueError: nothing to learn, an unknown role or content type, images that do not match their places.
+            ValueError: nothing to learn, an unknown role or content type, images that do not match their placeholders.
             OSError: an image is missing or no picture.
         """
         elements, sources = self._elements(row, name)
@@ -162,7 +174,7 @@ class ConversationPlanner:
             items.append(SequenceItem(view.type, view.text_ids, grid, **view.flags))
         return Outline(SamplePlan(tuple(items), name), tuple(pictures), tuple(view.image for view in views))
 
-    def load(self, outline: Outline, drawn: DrawnSample) -> DrawnSample:
+    def load(self, outline: Outline, sample: RandomizedSample) -> RandomizedSample:
         """
         Decode and resize the pictures that the kept items need.
 
@@ -172,7 +184,7 @@ class ConversationPlanner:
         """
         image_processor = self._image_processor(len(outline.pictures) if self.share_max_pixels else 1)
         stride, loaded, contents = image_processor.latent_stride, {}, {}
-        for one in drawn.items:
+        for one in sample.items:
             number = outline.views[one.index]
             if number is None:
                 continue
@@ -186,11 +198,11 @@ class ConversationPlanner:
                 grid = [side // stride for side in content.shape[1:]]
             if tuple(grid) != one.item.grid:
                 raise ValueError(
-                    f"An image of {drawn.name} has {grid[0]}x{grid[1]} tokens, by its header {one.item.grid[0]}x"
+                    f"An image of {sample.name} has {grid[0]}x{grid[1]} tokens, by its header {one.item.grid[0]}x"
                     f"{one.item.grid[1]}: it stores its orientation behind its pixels. Save it again."
                 )
             contents[one.index] = content
-        return drawn.with_contents(contents)
+        return sample.with_contents(contents)
 
     # ---- reading a row
 
@@ -209,7 +221,7 @@ class ConversationPlanner:
             source = next((_encoded(item[key]) for key in IMAGE_KEYS if item.get(key) is not None), None)
             source = next(waiting, None) if source is None else source
             if source is None:
-                raise ValueError(f"{name} has more places for images than its {len(column)} images.")
+                raise ValueError(f"{name} has more placeholders than its {len(column)} images.")
             frames.append(Element("image", trained, turn, (), (len(sources),), (item.get("frame_delta"),)))
             sources.append(self._located(source))
             if item.get("frame_delta") is None:
@@ -218,12 +230,14 @@ class ConversationPlanner:
         if frames:
             raise ValueError(f"A clip of {name} does not end: its last frame must have no frame_delta.")
         if left := sum(1 for _ in waiting):
-            raise ValueError(f"{name} has {len(column)} images, but places for only {len(column) - left} of them.")
+            raise ValueError(
+                f"{name} has {len(column)} images, but placeholders for only {len(column) - left} of them."
+            )
         return elements, sources
 
     def _tokens(self, text: str, name: str) -> tuple[int, ...]:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if placeholders := self._placeholders & {*ids}:
+        if placeholders := {self.config.image_token_id, self.config.latent_token_id} & {*ids}:
             tokens = " and ".join(self.tokenizer.convert_ids_to_tokens(sorted(placeholders)))
             raise ValueError(f"A text of {name} holds {tokens}; an image is an item of its own, of type 'image'.")
         return tuple(ids)
@@ -236,24 +250,24 @@ class ConversationPlanner:
 
     def _views(self, elements: list[Element], number: int, name: str) -> list["View"]:
         """The items that one element becomes, in order."""
-        element, later, rules = elements[number], elements[number + 1 :], self.rules
+        element, later, config = elements[number], elements[number + 1 :], self.config
         next_trained = next((other for other in later if other.trained), None)
-        condition = {"enable_cfg": next_trained is not None and next_trained.drawn}
+        condition = {"enable_cfg": next_trained is not None and next_trained.is_generated}
         decision = {}
         if element.trained and self.decisions:
             decision = {"special_token_label": self._next_token(element, later)}
         if element.kind == "text":
             flags = {"loss": True, **decision} if element.trained else condition
             return [View("text", None, element.text_ids, flags)]
-        if element.drawn:
-            if not rules.visual_gen:
+        if element.is_generated:
+            if not config.visual_gen:
                 raise ValueError(f"{name} draws an image, but this model only reads (visual_gen=False, stage=1).")
             views = self._vae_views(element, {"loss": True})
             alone_in_turn = [other.turn for other in elements].count(element.turn) == 1
             if later or (self.decisions and not alone_in_turn):
                 views += _last_with(self._context(element, condition, True), decision)
             return views
-        draws_later = rules.visual_gen and any(other.drawn for other in later)
+        draws_later = config.visual_gen and any(other.is_generated for other in later)
         views = self._context(element, condition, draws_later)
         if not views:
             raise ValueError(f"{name} reads an image, but this model has no vision tower (visual_und=False).")
@@ -262,7 +276,7 @@ class ConversationPlanner:
     def _context(self, element: Element, flags: dict[str, Any], edited: bool) -> list["View"]:
         """A clean image or clip; a clip that something is drawn after is seen by the VAE alone, as released."""
         views = self._vae_views(element, flags) if edited else []
-        if self.rules.visual_und and not (edited and element.kind == "clip"):
+        if self.config.visual_und and not (edited and element.kind == "clip"):
             views += [View("vit_image", image, (), flags) for image in element.images]
         return views
 
@@ -280,8 +294,8 @@ class ConversationPlanner:
 
     def _next_token(self, element: Element, later: list[Element]) -> int:
         if not later or later[0].turn != element.turn:
-            return self.rules.eos_token_id
-        return self.rules.bos_token_id if later[0].kind == "text" else self.rules.vision_start_token_id
+            return self.config.eos_token_id
+        return self.config.bos_token_id if later[0].kind == "text" else self.config.vision_start_token_id
 
     # ---- sizes
 
@@ -326,34 +340,43 @@ def _clip(frames: list[Element]) -> Element:
 
 def _items_in_order(row: Mapping[str, Any], name: str) -> Iterator[tuple[Mapping[str, Any], bool, int]]:
     """(item, whether it is trained, turn) of a row's messages; a turn is a run of messages of one role."""
-    messages = row.get("messages")
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"{name} has no messages: a row is a conversation with messages, and images if it has any.")
     turn, last_role = -1, None
-    for message in messages:
+    for message, items in conversation_items(row.get("messages"), name):
         role = message.get("role")
         if role not in ROLES:
             raise ValueError(f"Unknown role {role!r} in {name}; a role is {', '.join(ROLES)}.")
         turn, last_role = turn + (role != last_role), role
-        for item in _content_items(message, name):
+        for item in items:
             yield item, role == "assistant", turn
 
 
-def _content_items(message: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    content = message.get("content")
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, Sequence):
-        raise ValueError(f"A message of {name} has content {content!r}; it is a string or a list of items.")
-    for item in content:
-        kind = item.get("type") if isinstance(item, Mapping) else type(item).__name__
-        if kind not in ("text", "image", "image_url"):
-            raise ValueError(
-                f"Unknown content type {kind!r} in {name}; a message holds items of type 'text' or 'image'."
-            )
-        if kind == "text" and not isinstance(item.get("text"), str):
-            raise ValueError(f"An item of type 'text' in {name} has no string under 'text'.")
-    return list(content)
+def conversation_items(
+    messages: Sequence[Mapping[str, Any]] | None, name: str = "the conversation"
+) -> Iterator[tuple[Mapping[str, Any], list[Mapping[str, Any]]]]:
+    """
+    (message, its items) in order; a content that is a string is one text. `name` is what errors call the conversation.
+
+    Raises:
+        ValueError: there is no message, or an item has an unknown type or a text no string.
+        TypeError: a content is neither a string nor a list.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(f"{name} has no messages: a conversation is a list of messages, with at least one.")
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, Sequence):
+            raise TypeError(f"The content of a message of {name} is a string or a list of items, not {content!r}.")
+        for item in content:
+            kind = item.get("type") if isinstance(item, Mapping) else type(item).__name__
+            if kind not in CONTENT_TYPES:
+                raise ValueError(
+                    f"Unknown content type {kind!r} in {name}; a message holds items of type 'text' or 'image'."
+                )
+            if kind == "text" and not isinstance(item.get("text"), str):
+                raise ValueError(f"An item of type 'text' in {name} has its string under 'text', got {item!r}.")
+        yield message, list(content)
 
 
 def _encoded(image: Any) -> Any:
@@ -396,3 +419,90 @@ def _opened(source: Any) -> Any:
     if isinstance(source, str | os.PathLike) and os.path.isfile(source):
         return Image.open(source)
     raise TypeError("no header to read")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows to packs
+
+
+class ConversationCollator:
+    """
+    `data_collator` for rows that are conversations: a list of rows becomes one pack. See `BagelProcessor.collator`.
+
+    For small data and the stock `Trainer`: as many conversations as the batch size go into a pack, whatever their
+    length. It can be pickled, so a loader's workers may be spawned. `PackedDataset` of the training package makes packs
+    that are full and do not depend on the number of workers.
+
+    Args:
+        processor: a `BagelProcessor`.
+        rng: where dropout and timesteps come from. By default they follow torch's global generator, so they follow the
+            seed of a run, and in a loader with workers that of the worker.
+        max_num_tokens: of a pack; a row that does not fit beside those before it is left out.
+        skip: leave out rows that cannot be used, with a warning, and count them in `num_skipped`. `False`: raise.
+        report: add `"report": {"sample_ids": [...], "skipped": [[id, reason], ...]}` to every pack. `forward` does not
+            take it: pop it first.
+        pad_to, nested_masks: see [`~packing_bagel.pack`].
+        options: keywords of [`ConversationPlanner`] (`decisions`, `share_max_pixels`, `image_settings`,
+            `image_folder`), and facts of [`~packing_bagel.PackingConfig`] that replace those of the processor, e.g.
+            `text_cond_dropout_prob=0.0`.
+
+    Raises:
+        TypeError: an unknown keyword.
+    """
+
+    makes_packs = True  # how `BagelTrainer` knows it, also where it comes from another copy of this file
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        rng: RandomSource | None = None,
+        max_num_tokens: int | None = None,
+        skip: bool = True,
+        report: bool = False,
+        pad_to: int | None = None,
+        nested_masks: bool = False,
+        **options,
+    ):
+        planning = {name: options.pop(name) for name in PLANNING_OPTIONS if name in options}
+        config = processor.packing_config.changed(**options)
+        self.planner = ConversationPlanner(processor, config, **planning)
+        self.rng, self.max_num_tokens, self.skip, self.report = rng, max_num_tokens, skip, report
+        self.pack_options = {"pad_to": pad_to, "nested_masks": nested_masks}
+        self.num_skipped = 0
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """
+        One pack, see [`~packing_bagel.pack`].
+
+        Raises:
+            ValueError: none of the rows can be used; or, without `skip`, one cannot.
+        """
+        rng, samples, skipped = self.rng or rng_of_torch(), [], []
+        for number, row in enumerate(rows):
+            name = f"row {row['id']}" if row.get("id") is not None else f"row {number} of the batch"
+            try:
+                samples.append(self._sample(row, name, sum(sample.num_tokens for sample in samples), rng))
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                if not self.skip:
+                    raise ValueError(f"{name} cannot be packed. {reason}") from error
+                self.num_skipped += 1
+                skipped.append([name, reason])
+                logger.warning(f"skipped {name}: {reason} ({self.num_skipped} skipped so far)")
+        if not samples:
+            raise ValueError(f"None of {len(rows)} rows could be used. {'; '.join(map(': '.join, skipped))}")
+        made = pack(samples, self.planner.config, **self.pack_options)
+        if self.report:
+            made["report"] = {"sample_ids": [sample.name for sample in samples], "skipped": skipped}
+        return made
+
+    def _sample(self, row: Mapping[str, Any], name: str, length: int, rng: RandomSource) -> RandomizedSample:
+        """The sample of a row, with its pictures, behind samples of `length` tokens."""
+        outline = self.planner.outline(row, name)
+        sample = randomize(outline.plan, self.planner.config, rng)
+        if self.max_num_tokens is not None and length + sample.num_tokens > self.max_num_tokens:
+            raise ValueError(
+                f"its {sample.num_tokens} tokens do not fit max_num_tokens={self.max_num_tokens} beside {length}"
+            )
+        return self.planner.load(outline, sample)

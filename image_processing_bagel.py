@@ -360,14 +360,14 @@ class BagelImageProcessor(BaseImageProcessor):
         return resize_dimensions(width, height, stride=stride, **limits)
 
     def get_number_of_image_patches(self, height: int, width: int, edited: bool = False) -> int:
-        """How many ViT places a picture of this size takes in a prompt, without the picture."""
+        """How many ViT placeholders a picture of this size takes in a prompt, without the picture."""
         if edited or self.vae_resize_first:
             width, height = self.latent_dimensions(width, height)
         width, height = self.vit_dimensions(width, height)
         return (height // self.patch_size) * (width // self.patch_size)
 
     def get_number_of_latent_patches(self, height: int, width: int) -> int:
-        """How many VAE places an edited picture of this size takes in a prompt, without the picture."""
+        """How many VAE placeholders an edited picture of this size takes in a prompt, without the picture."""
         width, height = self.latent_dimensions(width, height)
         return (height // self.latent_stride) * (width // self.latent_stride)
 

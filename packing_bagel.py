@@ -10,17 +10,18 @@ vision_start, vision_end; b, t, E = bos, text, eos; l = VAE latent, i = ViT patc
     split       0 0 0 0 0    1 1 1 1 1    2 2 2 2    3 3 3 3 3
     mode        full         full         causal     noise
     position    0 0 0 0 0    1 1 1 1 1    2 3 4 5    6 6 6 6 6
-    timestep      -inf                                 drawn
+    timestep      -inf                                 random
 
 With three positions per token a picture has those of its grid, see `layout_bagel.py`.
 
-Two steps: `draw_sample` makes all random decisions of a sample (without pixels, so its length is known before a picture
-is decoded), `pack` lays drawn samples out in the vocabulary of `BagelForUnifiedMultimodal.forward`.
+Two steps: `randomize` makes all random decisions of a sample (without pixels, so its length is known before a picture
+is decoded), `pack` lays such samples out one after the other, as `BagelForUnifiedMultimodal.forward` takes them.
 """
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,8 +36,8 @@ ITEM_TYPES = ("text", "vit_image", "vae_image")
 CLEAN = float("-inf")  # the timestep of a clean picture, before the sigmoid
 
 
-class Draws(Protocol):
-    """Where randomness comes from: a `numpy.random.Generator`, or anything that replays stored draws."""
+class RandomSource(Protocol):
+    """Where randomness comes from: a `numpy.random.Generator`, or anything that replays stored numbers."""
 
     def random(self) -> float: ...
 
@@ -150,15 +151,17 @@ class SamplePlan:
 
 
 @dataclass(frozen=True)
-class PackingRules:
+class PackingConfig:
     """
-    What packing needs to know of a model; `PackingRules.of(config)` reads it off.
+    The facts of a model that packing needs; `BagelProcessor.packing_config` holds those of a checkpoint.
 
     Args:
         bos_token_id, eos_token_id, vision_start_token_id, vision_end_token_id: boundary tokens.
+        image_token_id, latent_token_id: placeholders, which no text may hold.
         vit_patch_size, latent_downsample: pixels per ViT token and per latent token, and side.
         vit_max_num_patch_per_side, max_latent_size: sides of the position tables.
-        interpolate_pos: how pictures take places in their position table, see [`~embeddings_bagel.grid_position_ids`].
+        interpolate_pos: which entries of their position table pictures take, see
+            [`~embeddings_bagel.grid_position_ids`].
         multimodal_positions: every token has three positions, time, height and width.
         text_cond_dropout_prob, vit_cond_dropout_prob, vae_cond_dropout_prob: of items with `enable_cfg`.
         visual_und, visual_gen: whether the model has a vision tower, and whether it draws.
@@ -168,6 +171,8 @@ class PackingRules:
     eos_token_id: int = 151645
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
+    image_token_id: int = 151655
+    latent_token_id: int = 151654
     vit_patch_size: int = 14
     latent_downsample: int = 16
     vit_max_num_patch_per_side: int = 70
@@ -181,9 +186,44 @@ class PackingRules:
     visual_gen: bool = True
 
     @classmethod
-    def of(cls, config: Any, **changes) -> "PackingRules":
-        """From a `BagelConfig`; `changes` win over it."""
-        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__} | changes)
+    def of_model(cls, config: Any) -> "PackingConfig":
+        """Read off a `BagelConfig`. Of several eos ids the first ends a text."""
+        facts = {name: getattr(config, name) for name in PACKING_FACTS}
+        if isinstance(facts["eos_token_id"], list | tuple):
+            facts["eos_token_id"] = facts["eos_token_id"][0]
+        return cls(**facts)
+
+    def changed(self, **facts) -> "PackingConfig":
+        """
+        The same with other `facts`.
+
+        Raises:
+            TypeError: one of them is none.
+        """
+        if unknown := sorted(facts.keys() - set(PACKING_FACTS)):
+            guesses = [guess for name in unknown for guess in difflib.get_close_matches(name, PACKING_FACTS, 1)]
+            hint = f" (did you mean {', '.join(guesses)}?)" if guesses else ""
+            raise TypeError(f"Packs have no option {', '.join(unknown)}{hint}; facts are {', '.join(PACKING_FACTS)}.")
+        return replace(self, **facts)
+
+    def check_model(self, config: Any, unchecked: Container[str] = ()) -> None:
+        """
+        Raises:
+            ValueError: a `BagelConfig` says something else; the message names every such fact with both values. Facts
+                in `unchecked` may differ.
+        """
+        differing = []
+        for name in PACKING_FACTS:
+            ours, theirs = getattr(self, name), getattr(config, name)
+            several = isinstance(theirs, list | tuple)  # eos ids
+            if name not in unchecked and not (ours in theirs if several else ours == theirs):
+                differing.append(f"{name} is {ours} for the processor, {theirs} for the model")
+        if differing:
+            raise ValueError(
+                f"Processor and model disagree: {'; '.join(differing)}. Load both from one checkpoint. Where the model "
+                "is the one that is right, processor.follow_model(model.config) takes its facts over; in a saved "
+                "processor_config.json, delete model_facts and they are read from config.json."
+            )
 
     def dropout(self, item_type: str) -> float:
         return {
@@ -223,6 +263,19 @@ class PackingRules:
         return SamplePlan(tuple(items), name)
 
 
+PACKING_FACTS = tuple(fact.name for fact in fields(PackingConfig))
+MODEL_FACTS = (  # those that neither tokenizer nor image processor know
+    "vit_max_num_patch_per_side",
+    "max_latent_size",
+    "interpolate_pos",
+    "text_cond_dropout_prob",
+    "vit_cond_dropout_prob",
+    "vae_cond_dropout_prob",
+    "visual_und",
+    "visual_gen",
+)
+
+
 def _flags(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The fields of a released plan entry, by our names."""
     if entry["type"] not in ITEM_TYPES:
@@ -241,11 +294,11 @@ def _flags(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Drawing: every random decision of a sample
+# Randomizing: every random decision of a sample
 
 
 @dataclass(frozen=True)
-class DrawnItem:
+class RandomizedItem:
     """
     An item that is kept.
 
@@ -266,34 +319,32 @@ class DrawnItem:
 
 
 @dataclass(frozen=True)
-class DrawnSample:
+class RandomizedSample:
     """The kept items of a sample."""
 
-    items: tuple[DrawnItem, ...]
+    items: tuple[RandomizedItem, ...]
     name: str = "a sample"
 
     @property
     def num_tokens(self) -> int:
-        return sum(drawn.item.num_tokens for drawn in self.items)
+        return sum(kept.item.num_tokens for kept in self.items)
 
-    def with_contents(self, contents: Mapping[int, torch.Tensor]) -> "DrawnSample":
+    def with_contents(self, contents: Mapping[int, torch.Tensor]) -> "RandomizedSample":
         """The same sample with pictures; `contents` by index of the item in its plan."""
         items = [
-            replace(drawn, item=replace(drawn.item, content=contents[drawn.index]))
-            if drawn.index in contents
-            else drawn
-            for drawn in self.items
+            replace(kept, item=replace(kept.item, content=contents[kept.index])) if kept.index in contents else kept
+            for kept in self.items
         ]
         return replace(self, items=tuple(items))
 
 
-def draw_sample(plan: SamplePlan, rules: PackingRules, draws: Draws) -> DrawnSample:
+def randomize(plan: SamplePlan, config: PackingConfig, rng: RandomSource) -> RandomizedSample:
     """
     Decide which conditions are dropped and how noisy each learned picture is.
 
-    As released: a uniform number is drawn for every item with `enable_cfg`, and only for those; a dropped picture still
-    takes its positions, a dropped text does not; a learned picture draws a normal number, which the later
-    frames of its clip share. Frames are dropped one by one; where the released packer then loses count of its splits
+    As released: every item with `enable_cfg`, and no other, takes a uniform number from `rng`; a dropped picture still
+    takes its positions, a dropped text does not; a learned picture takes a normal number, which the later frames of
+    its clip share. Frames are dropped one by one; where the released packer then loses count of its splits
     (the first or the last frame of a clip is dropped), here the rest of the clip remains one split.
 
     Raises:
@@ -302,21 +353,21 @@ def draw_sample(plan: SamplePlan, rules: PackingRules, draws: Draws) -> DrawnSam
     _check_clips(plan)
     kept, position, split, mode, timestep = [], 0, -1, "", None
     for index, item in enumerate(plan.items):
-        _check_fits_table(item, plan.name, rules)
+        _check_fits_table(item, plan.name, config)
         if item.split_start:
             split, mode, timestep = split + 1, item.mode, None
-        if item.enable_cfg and draws.random() < rules.dropout(item.type):
-            position += item.extent(rules.multimodal_positions) if item.type != "text" else 0
+        if item.enable_cfg and rng.random() < config.dropout(item.type):
+            position += item.extent(config.multimodal_positions) if item.type != "text" else 0
             continue
         learned = item.type == "vae_image" and item.loss
         if learned and timestep is None:
-            timestep = float(draws.standard_normal())
-        kept.append(DrawnItem(item, index, position, split, mode, timestep if learned else CLEAN))
-        position += item.advance(rules.multimodal_positions)
+            timestep = float(rng.standard_normal())
+        kept.append(RandomizedItem(item, index, position, split, mode, timestep if learned else CLEAN))
+        position += item.advance(config.multimodal_positions)
     if not kept:
         reason = "its plan is empty" if not plan.items else "all of its items were dropped as conditions"
         raise ValueError(f"{plan.name} has no tokens: {reason}. A sample needs an item that is trained.")
-    return DrawnSample(tuple(kept), plan.name)
+    return RandomizedSample(tuple(kept), plan.name)
 
 
 def _check_clips(plan: SamplePlan) -> None:
@@ -330,8 +381,8 @@ def _check_clips(plan: SamplePlan) -> None:
         raise ValueError(f"The last split of {plan.name} does not end: its last frame needs split_end.")
 
 
-def _check_fits_table(item: SequenceItem, name: str, rules: PackingRules) -> None:
-    if item.type == "text" or rules.interpolate_pos or max(item.grid) <= rules.table_side(item.type):
+def _check_fits_table(item: SequenceItem, name: str, config: PackingConfig) -> None:
+    if item.type == "text" or config.interpolate_pos or max(item.grid) <= config.table_side(item.type):
         return
     table, size = {
         "vit_image": ("vit_max_num_patch_per_side", "size"),
@@ -339,7 +390,7 @@ def _check_fits_table(item: SequenceItem, name: str, rules: PackingRules) -> Non
     }[item.type]
     raise ValueError(
         f"A {item.type} of {name} has {item.grid[0]}x{item.grid[1]} tokens, but the position table ends at "
-        f"{table}={rules.table_side(item.type)} per side. Lower the image processor's {size}, or train with "
+        f"{table}={config.table_side(item.type)} per side. Lower the image processor's {size}, or train with "
         'interpolate_pos="fit".'
     )
 
@@ -349,15 +400,15 @@ def _check_fits_table(item: SequenceItem, name: str, rules: PackingRules) -> Non
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A drawn item and the place of its first token in the pack."""
+class PackedItem:
+    """A kept item, and the index of its first token in the pack."""
 
-    drawn: DrawnItem
+    kept: RandomizedItem
     start: int
 
     @property
     def item(self) -> SequenceItem:
-        return self.drawn.item
+        return self.kept.item
 
     @property
     def last(self) -> int:
@@ -365,39 +416,39 @@ class Placed:
 
     @property
     def inner(self) -> range:
-        """The places between the boundary tokens."""
+        """The indexes between the boundary tokens."""
         return range(self.start + 1, self.last)
 
-    def text(self, rules: PackingRules) -> list[tuple[int, int]]:
-        """(place, id) of the tokens that are text: all of a text, the boundary tokens of a picture."""
+    def text(self, config: PackingConfig) -> list[tuple[int, int]]:
+        """(index, id) of the tokens that are text: all of a text, the boundary tokens of a picture."""
         if self.item.type != "text":
-            return [(self.start, rules.vision_start_token_id), (self.last, rules.vision_end_token_id)]
-        ids = (rules.bos_token_id, *self.item.text_ids, rules.eos_token_id)
+            return [(self.start, config.vision_start_token_id), (self.last, config.vision_end_token_id)]
+        ids = (config.bos_token_id, *self.item.text_ids, config.eos_token_id)
         return list(zip(range(self.start, self.last + 1), ids))
 
-    def labels(self, rules: PackingRules) -> list[tuple[int, int, float]]:
-        """(place, label, weight) of what is trained with cross-entropy; a text weighs the root of its length."""
+    def labels(self, config: PackingConfig) -> list[tuple[int, int, float]]:
+        """(index, label, weight) of what is trained with cross-entropy; a text weighs the root of its length."""
         labels = []
         if self.item.type == "text" and self.item.loss:
-            targets = (*self.item.text_ids, rules.eos_token_id)
+            targets = (*self.item.text_ids, config.eos_token_id)
             weight = 1 / math.sqrt(len(targets))
-            labels = [(place, target, weight) for place, target in zip(range(self.start, self.last), targets)]
+            labels = [(index, target, weight) for index, target in zip(range(self.start, self.last), targets)]
         if self.item.special_token_loss:
             labels.append((self.last, self.item.special_token_label, 1.0))
         return labels
 
-    def positions(self, rules: PackingRules) -> torch.LongTensor:
-        """(tokens,), or (tokens, 3) if the rules say so."""
-        first, length, is_text = self.drawn.position, self.item.num_tokens, self.item.type == "text"
-        if rules.multimodal_positions and not is_text:
+    def positions(self, config: PackingConfig) -> torch.LongTensor:
+        """(tokens,), or (tokens, 3) if the config say so."""
+        first, length, is_text = self.kept.position, self.item.num_tokens, self.item.type == "text"
+        if config.multimodal_positions and not is_text:
             return first + grid_block_positions(*self.item.grid)
         positions = torch.arange(first, first + length) if is_text else torch.full((length,), first)
-        return positions[:, None].expand(-1, 3) if rules.multimodal_positions else positions
+        return positions[:, None].expand(-1, 3) if config.multimodal_positions else positions
 
 
 def pack(
-    samples: Sequence[DrawnSample],
-    rules: PackingRules,
+    samples: Sequence[RandomizedSample],
+    config: PackingConfig,
     *,
     max_num_tokens: int | None = None,
     pad_to: int | None = None,
@@ -432,14 +483,14 @@ def pack(
                 f"The pack has {sum(lengths)} tokens, more than {name}={limit}; its samples have {lengths} "
                 f"({', '.join(sample.name for sample in samples)}). Pack fewer, or skip the longest."
             )
-    placed = _place(samples)
+    packed = _lay_out(samples)
     result = {
         "sequence_length": sum(lengths),
         "sample_lens": lengths,
-        "packed_position_ids": torch.cat([one.positions(rules) for one in placed]),
-        **_texts(placed, rules),
-        **_vit_images([one for one in placed if one.item.type == "vit_image"], rules),
-        **_vae_images([one for one in placed if one.item.type == "vae_image"], rules),
+        "packed_position_ids": torch.cat([one.positions(config) for one in packed]),
+        **_texts(packed, config),
+        **_vit_images([one for one in packed if one.item.type == "vit_image"], config),
+        **_vae_images([one for one in packed if one.item.type == "vae_image"], config),
     }
     splits = [_splits(sample) for sample in samples]
     if nested_masks:
@@ -454,71 +505,71 @@ def pack(
     return result
 
 
-def pack_samples(plans: Sequence[SamplePlan], rules: PackingRules, draws: Draws, **options) -> dict[str, Any]:
-    """`draw_sample` for every plan in order, then `pack` with `options`."""
-    return pack([draw_sample(plan, rules, draws) for plan in plans], rules, **options)
+def pack_samples(plans: Sequence[SamplePlan], config: PackingConfig, rng: RandomSource, **options) -> dict[str, Any]:
+    """`randomize` for every plan in order, then `pack` with `options`."""
+    return pack([randomize(plan, config, rng) for plan in plans], config, **options)
 
 
-def _place(samples: Sequence[DrawnSample]) -> list[Placed]:
-    placed, start = [], 0
+def _lay_out(samples: Sequence[RandomizedSample]) -> list[PackedItem]:
+    packed, start = [], 0
     for sample in samples:
-        for drawn in sample.items:
-            if drawn.item.type != "text" and drawn.item.content is None:
-                raise ValueError(f"A {drawn.item.type} of {sample.name} has no content: fill it in before packing.")
-            placed.append(Placed(drawn, start))
-            start += drawn.item.num_tokens
-    return placed
+        for kept in sample.items:
+            if kept.item.type != "text" and kept.item.content is None:
+                raise ValueError(f"A {kept.item.type} of {sample.name} has no content: fill it in before packing.")
+            packed.append(PackedItem(kept, start))
+            start += kept.item.num_tokens
+    return packed
 
 
-def _texts(placed: list[Placed], rules: PackingRules) -> dict[str, torch.Tensor]:
-    places, ids = zip(*(token for one in placed for token in one.text(rules)))
-    result = {"packed_text_ids": torch.tensor(ids), "packed_text_indexes": torch.tensor(places)}
-    if labels := [label for one in placed for label in one.labels(rules)]:
-        places, targets, weights = zip(*labels)
+def _texts(packed: list[PackedItem], config: PackingConfig) -> dict[str, torch.Tensor]:
+    indexes, ids = zip(*(token for one in packed for token in one.text(config)))
+    result = {"packed_text_ids": torch.tensor(ids), "packed_text_indexes": torch.tensor(indexes)}
+    if labels := [label for one in packed for label in one.labels(config)]:
+        indexes, targets, weights = zip(*labels)
         result |= {
-            "ce_loss_indexes": torch.tensor(places),
+            "ce_loss_indexes": torch.tensor(indexes),
             "packed_label_ids": torch.tensor(targets),
             "ce_loss_weights": torch.tensor(weights, dtype=torch.float32),
         }
     return result
 
 
-def _vit_images(placed: list[Placed], rules: PackingRules) -> dict[str, torch.Tensor]:
-    if not placed:
+def _vit_images(packed: list[PackedItem], config: PackingConfig) -> dict[str, torch.Tensor]:
+    if not packed:
         return {}
     return {
-        "packed_vit_tokens": torch.cat([one.item.content for one in placed]),
-        "packed_vit_token_indexes": _inner_places(placed),
-        "packed_vit_position_ids": _grid_positions(placed, rules),
-        "vit_token_seqlens": torch.tensor([math.prod(one.item.grid) for one in placed]),
+        "packed_vit_tokens": torch.cat([one.item.content for one in packed]),
+        "packed_vit_token_indexes": _inner_indexes(packed),
+        "packed_vit_position_ids": _grid_positions(packed, config),
+        "vit_token_seqlens": torch.tensor([math.prod(one.item.grid) for one in packed]),
     }
 
 
-def _vae_images(placed: list[Placed], rules: PackingRules) -> dict[str, Any]:
-    if not placed:
+def _vae_images(packed: list[PackedItem], config: PackingConfig) -> dict[str, Any]:
+    if not packed:
         return {}
-    counts = torch.tensor([math.prod(one.item.grid) for one in placed])
-    timesteps = torch.tensor([one.drawn.timestep for one in placed], dtype=torch.float32)
+    counts = torch.tensor([math.prod(one.item.grid) for one in packed])
+    timesteps = torch.tensor([one.kept.timestep for one in packed], dtype=torch.float32)
     result = {
-        "padded_images": _pad([one.item.content for one in placed]),
-        "patchified_vae_latent_shapes": [one.item.grid for one in placed],
-        "packed_latent_position_ids": _grid_positions(placed, rules),
-        "packed_vae_token_indexes": _inner_places(placed),
+        "padded_images": _pad([one.item.content for one in packed]),
+        "patchified_vae_latent_shapes": [one.item.grid for one in packed],
+        "packed_latent_position_ids": _grid_positions(packed, config),
+        "packed_vae_token_indexes": _inner_indexes(packed),
         "packed_timesteps": timesteps.repeat_interleave(counts),
     }
-    if learned := [one for one in placed if one.item.loss]:
-        result["mse_loss_indexes"] = _inner_places(learned)
+    if learned := [one for one in packed if one.item.loss]:
+        result["mse_loss_indexes"] = _inner_indexes(learned)
     return result
 
 
-def _inner_places(placed: list[Placed]) -> torch.LongTensor:
-    return torch.cat([torch.arange(one.inner.start, one.inner.stop) for one in placed])
+def _inner_indexes(packed: list[PackedItem]) -> torch.LongTensor:
+    return torch.cat([torch.arange(one.inner.start, one.inner.stop) for one in packed])
 
 
-def _grid_positions(placed: list[Placed], rules: PackingRules) -> torch.Tensor:
-    sides = [rules.table_side(one.item.type) for one in placed]
+def _grid_positions(packed: list[PackedItem], config: PackingConfig) -> torch.Tensor:
+    sides = [config.table_side(one.item.type) for one in packed]
     return torch.cat(
-        [grid_position_ids(*one.item.grid, side, rules.interpolate_pos) for one, side in zip(placed, sides)]
+        [grid_position_ids(*one.item.grid, side, config.interpolate_pos) for one, side in zip(packed, sides)]
     )
 
 
@@ -531,12 +582,12 @@ def _pad(images: list[torch.Tensor]) -> torch.Tensor:
     return padded
 
 
-def _splits(sample: DrawnSample) -> list[tuple[int, str]]:
+def _splits(sample: RandomizedSample) -> list[tuple[int, str]]:
     """(tokens, mode) of each split that is left."""
     tokens, modes = {}, {}
-    for drawn in sample.items:
-        tokens[drawn.split] = tokens.get(drawn.split, 0) + drawn.item.num_tokens
-        modes[drawn.split] = drawn.mode
+    for kept in sample.items:
+        tokens[kept.split] = tokens.get(kept.split, 0) + kept.item.num_tokens
+        modes[kept.split] = kept.mode
     return [(tokens[split], modes[split]) for split in tokens]
 
 
@@ -555,26 +606,26 @@ class PackCollator:
     `collate_fn` of a loader: a list of samples becomes one pack; a single finished pack stays what it is.
 
     Args:
-        rules: what packing needs to know of the model.
-        draws: where dropout and timesteps come from. By default they follow torch's global generator, so they follow
+        config: the facts of the model that packing needs.
+        rng: where dropout and timesteps come from. By default they follow torch's global generator, so they follow
             the seed of a run, and in a loader with workers that of the worker.
         options: keywords of `pack`.
     """
 
-    def __init__(self, rules: PackingRules, draws: Draws | None = None, **options):
-        self.rules, self.draws, self.options = rules, draws, options
+    def __init__(self, config: PackingConfig, rng: RandomSource | None = None, **options):
+        self.config, self.rng, self.options = config, rng, options
 
-    def __call__(self, samples: Sequence[SamplePlan | DrawnSample | Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[SamplePlan | RandomizedSample | Mapping[str, Any]]) -> dict[str, Any]:
         packs = [sample for sample in samples if isinstance(sample, Mapping)]
         if packs:
             if len(samples) > 1:
                 raise ValueError(f"{len(samples)} packs in one batch: a pack is a batch, so load with batch_size=1.")
             return dict(packs[0])
-        draws = self.draws or draws_of_torch()
-        drawn = [one if isinstance(one, DrawnSample) else draw_sample(one, self.rules, draws) for one in samples]
-        return pack(drawn, self.rules, **self.options)
+        rng = self.rng or rng_of_torch()
+        ready = [one if isinstance(one, RandomizedSample) else randomize(one, self.config, rng) for one in samples]
+        return pack(ready, self.config, **self.options)
 
 
-def draws_of_torch() -> np.random.Generator:
+def rng_of_torch() -> np.random.Generator:
     """A generator whose seed is the next number of torch's global one."""
     return np.random.default_rng(int(torch.randint(2**62, ())))

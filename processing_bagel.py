@@ -1,28 +1,36 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations in, model inputs out, and generated ids or pictures back.
+"""Conversations in, model inputs or training packs out, and generated ids or pictures back.
 
-It knows the prompt format (spans of text and places of images). It knows nothing of attention or experts: the model
-derives those from `input_ids` and the image tensors, and positions too, unless they are wanted here.
+It knows the prompt format (spans of text, placeholders of images) and the facts of a model that packing needs. It knows
+nothing of attention or experts: the model derives those from `input_ids` and the image tensors, and positions too,
+unless they are wanted here.
 
-A prompt, with one `t` per text token, `l` per VAE-latent place and `i` per ViT place:
+A prompt, with one `t` per text token, `l` per placeholder of a VAE latent and `i` per placeholder of a ViT patch:
 
     <|im_start|>ttt<|im_end|>                                                                a text
     <|vision_start|>iiii<|vision_end|>                                                       an image that is read
     <|vision_start|>llllll<|vision_end|><|vision_start|>iiii<|vision_end|>                   an image that is edited
 """
 
+import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.utils import cached_file
 
+from .configuration_bagel import BagelConfig
+from .conversations_bagel import ConversationCollator, conversation_items
 from .image_processing_bagel import flatten_images, unit_tensor_to_pil
 from .layout_bagel import ImagePlaces
+from .packing_bagel import MODEL_FACTS, PackingConfig, RandomSource
 
 
 # What the checkpoint was trained with when it thinks before it answers or draws; `chat_template.jinja` repeats them.
@@ -38,7 +46,6 @@ IMAGE_SYSTEM_PROMPT = (
 )
 
 GENERATION_MODES = ("text", "image", "interleaved")
-CONTENT_TYPES = ("text", "image", "image_url")  # transformers turns the last into the second
 
 TEXT_KWARGS = {
     "add_special_tokens",
@@ -56,6 +63,8 @@ TEXT_KWARGS = {
     "truncation",
     "verbose",
 }
+
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 # transformers puts this before a special token of user text that `sanitize_control_tokens=True` makes plain text.
 PLAIN_TEXT_MARK = "\U000f0000"
@@ -76,7 +85,14 @@ class BagelProcessor(ProcessorMixin):
         tokenizer: the released (Qwen2.5) tokenizer, or any that has its seven special tokens.
         chat_template: the contents of `chat_template.jinja`; `from_pretrained` finds it.
         return_position_ids: also return `position_ids` (3, texts, longest) time, height and width, for models with
-            `mrope_section`. Such a model counts the same ones itself when it gets none.
+            `mrope_section`. Such a model counts the same ones itself when it gets none; packs for it need them.
+        model_facts: what packs need to know of the model beside that: `vit_max_num_patch_per_side`,
+            `max_latent_size`, `interpolate_pos`, `visual_und`, `visual_gen` and the three `*_cond_dropout_prob` of its
+            config. `from_pretrained` takes those that are not stored from `config.json`; what is known nowhere is as
+            released.
+
+    Raises:
+        ValueError: the tokenizer lacks a special token, or `model_facts` holds something else.
     """
 
     valid_processor_kwargs = BagelProcessorKwargs
@@ -86,8 +102,8 @@ class BagelProcessor(ProcessorMixin):
     eos_token = "<|im_end|>"
     vision_start_token = "<|vision_start|>"
     vision_end_token = "<|vision_end|>"
-    image_token = "<|image_pad|>"  # a ViT place
-    latent_token = "<|vision_pad|>"  # a VAE-latent place
+    image_token = "<|image_pad|>"  # stands for a ViT token
+    latent_token = "<|vision_pad|>"  # stands for a VAE-latent token
 
     def __init__(
         self,
@@ -95,9 +111,13 @@ class BagelProcessor(ProcessorMixin):
         tokenizer: Any = None,
         chat_template: str | None = None,
         return_position_ids: bool = False,
+        model_facts: Mapping[str, Any] | None = None,
         **kwargs,
     ) -> None:
         self.return_position_ids = return_position_ids
+        self.model_facts = dict(model_facts or {})
+        if unknown := sorted(self.model_facts.keys() - set(MODEL_FACTS)):
+            raise ValueError(f"model_facts has no {', '.join(unknown)}; it has {', '.join(MODEL_FACTS)}")
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.bos_token_id = _token_id(tokenizer, self.bos_token)
         self.eos_token_id = _token_id(tokenizer, self.eos_token)
@@ -105,6 +125,24 @@ class BagelProcessor(ProcessorMixin):
         self.vision_end_token_id = _token_id(tokenizer, self.vision_end_token)
         self.image_token_id = _token_id(tokenizer, self.image_token)
         self.latent_token_id = _token_id(tokenizer, self.latent_token)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "BagelProcessor":
+        """As in transformers; what is stored must be true of the model in the same folder, if there is one.
+
+        Raises:
+            ValueError: `config.json` says something else. Arguments given here count, whatever it says.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config = stored_model_config(pretrained_model_name_or_path, **kwargs)
+        if config is not None:
+            processor = loaded[0] if isinstance(loaded, tuple) else loaded
+            facts = {name: getattr(config, name) for name in MODEL_FACTS}
+            if not processor.model_facts and "return_position_ids" not in kwargs:  # saved before there were any
+                processor.return_position_ids = processor.return_position_ids or config.multimodal_positions
+            processor.model_facts = facts | processor.model_facts
+            processor.packing_config.check_model(config, unchecked=_facts_given(kwargs))
+        return loaded
 
     @property
     def model_input_names(self) -> list[str]:
@@ -199,7 +237,7 @@ class BagelProcessor(ProcessorMixin):
         return texts
 
     def _image_spans(self, features: BatchFeature | dict, edited: list[bool], read: list[bool]) -> Iterator[str]:
-        """The placeholders of each image in order, one per place."""
+        """The placeholders of each image in order, one per token."""
         stride = self.image_processor.latent_stride
         latent_sizes = iter(features.get("latent_image_sizes", ()))
         grids = iter(features.get("image_grid_hw", ()))
@@ -227,19 +265,19 @@ class BagelProcessor(ProcessorMixin):
         )
         return places.positions(valid, grids).movedim(-1, 0)
 
-    def _image_span(self, token: str, places: torch.Tensor) -> str:
-        return self.vision_start_token + token * int(places) + self.vision_end_token
+    def _image_span(self, token: str, number: torch.Tensor) -> str:
+        return self.vision_start_token + token * int(number) + self.vision_end_token
 
     def _check_images_are_whole(self, texts: list[str], input_ids: list[list[int]]) -> None:
         for token, token_id in ((self.latent_token, self.latent_token_id), (self.image_token, self.image_token_id)):
             for text, ids in zip(texts, input_ids):
-                places = len(re.findall(f"(?<!{PLAIN_TEXT_MARK}){re.escape(token)}", text))
+                expected = len(re.findall(f"(?<!{PLAIN_TEXT_MARK}){re.escape(token)}", text))
                 kept = [index for index, kept_id in enumerate(ids) if kept_id == token_id]
                 ends = kept and ids[kept[0] - 1 : kept[0]] + ids[kept[-1] + 1 : kept[-1] + 2]
-                if len(kept) != places or (kept and ends != [self.vision_start_token_id, self.vision_end_token_id]):
+                if len(kept) != expected or (kept and ends != [self.vision_start_token_id, self.vision_end_token_id]):
                     raise ValueError(
-                        f"truncation cut an image: {len(kept)} of {places} {token} places are left whole in {len(ids)} "
-                        "tokens; raise max_length, drop truncation, or shrink the image"
+                        f"truncation cut an image: {len(kept)} of {expected} {token} placeholders are left in "
+                        f"{len(ids)} tokens; raise max_length, drop truncation, or shrink the image"
                     )
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -279,7 +317,7 @@ class BagelProcessor(ProcessorMixin):
             raise ValueError(f"generation_mode is one of {', '.join(GENERATION_MODES)}, not {generation_mode!r}")
         if kwargs.get("return_assistant_tokens_mask") and chat_template is None:
             raise ValueError("BAGEL's chat template marks no assistant tokens: training labels come from its collator")
-        last_roles = {_check_conversation(chat) for chat in _conversations(conversation)}
+        last_roles = {_last_role(chat) for chat in _conversations(conversation)}
         if generation_mode == "image":
             add_generation_prompt = False
         elif kwargs.get("continue_final_message"):
@@ -296,6 +334,76 @@ class BagelProcessor(ProcessorMixin):
         return super().apply_chat_template(
             conversation, chat_template, add_generation_prompt=add_generation_prompt, **kwargs
         )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Conversations to training packs
+
+    def pack(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        rng: RandomSource | None = None,
+        max_num_tokens: int | None = None,
+        **options,
+    ) -> dict[str, Any]:
+        """One training pack: `model(**processor.pack(rows)).loss.backward()`.
+
+        Args:
+            rows: conversations, `{"messages": [...], "images": [...]}`, see `conversations_bagel`. The assistant's
+                texts are trained with cross-entropy, its images with flow matching; the rest is context.
+            rng: where dropout and timesteps come from, e.g. `numpy.random.default_rng(0)`. By default they follow
+                torch's global generator.
+            max_num_tokens: the most tokens that the pack may have.
+            options: of `ConversationCollator`: `decisions`, `share_max_pixels`, `image_settings`, `image_folder`,
+                `pad_to`, `nested_masks`, and any field of `packing_config`, e.g. `text_cond_dropout_prob=0.0`.
+
+        Raises:
+            ValueError: a row cannot be used, or does not fit. `skip=True` leaves it out, as `collator` does.
+            TypeError: an unknown keyword.
+        """
+        options = {"skip": False, "rng": rng, "max_num_tokens": max_num_tokens, **options}
+        return ConversationCollator(self, **options)([rows] if isinstance(rows, Mapping) else rows)
+
+    def collator(self, **options) -> ConversationCollator:
+        """What `Trainer` takes as `data_collator`: a list of rows becomes a pack, rows that cannot be used are counted.
+
+        Args:
+            options: as in `pack`, and `report`; see `ConversationCollator`.
+        """
+        return ConversationCollator(self, **options)
+
+    @property
+    def packing_config(self) -> PackingConfig:
+        """The facts of the model that packs are made by."""
+        return PackingConfig(
+            bos_token_id=self.bos_token_id,
+            eos_token_id=self.eos_token_id,
+            vision_start_token_id=self.vision_start_token_id,
+            vision_end_token_id=self.vision_end_token_id,
+            image_token_id=self.image_token_id,
+            latent_token_id=self.latent_token_id,
+            vit_patch_size=self.image_processor.patch_size,
+            latent_downsample=self.image_processor.latent_stride,
+            multimodal_positions=self.return_position_ids,
+            **self.model_facts,
+        )
+
+    def check_model(self, config: BagelConfig) -> None:
+        """
+        Raises:
+            ValueError: the config of a model says something else than `packing_config`; both values are named.
+        """
+        self.packing_config.check_model(config)
+
+    def follow_model(self, config: BagelConfig) -> None:
+        """Take over what `model.config` says, where it was loaded with other settings than were stored.
+
+        Raises:
+            ValueError: token ids or patch sizes differ, which belong to tokenizer and image processor.
+        """
+        self.packing_config.check_model(config, unchecked=(*MODEL_FACTS, "multimodal_positions"))
+        self.return_position_ids = config.multimodal_positions
+        self.model_facts = {name: getattr(config, name) for name in MODEL_FACTS}
 
     # ----------------------------------------------------------------------------------------------------------------
     # Generated outputs to texts and pictures
@@ -345,7 +453,7 @@ class BagelProcessor(ProcessorMixin):
 
 
 def _image_group_pattern() -> re.Pattern:
-    """One image of a prompt: a VAE place with or without a ViT place right behind it, or a ViT place alone."""
+    """One image of a prompt: the latent token with or without the image token right behind it, or the latter alone."""
     start, end = re.escape(BagelProcessor.vision_start_token), re.escape(BagelProcessor.vision_end_token)
     latent, image = (
         f"(?:{start})?(?<!{PLAIN_TEXT_MARK}){re.escape(token)}(?:{end})?"
@@ -364,20 +472,20 @@ def _token_id(tokenizer: Any, token: str) -> int:
     return token_id
 
 
-def _match_images(images: Any, places: list[int]) -> list:
-    """All images in reading order, given how many each text has places for."""
+def _match_images(images: Any, counts: list[int]) -> list:
+    """All images in reading order, given how many each text has placeholders for."""
     images = [] if images is None else images
     if isinstance(images, list | tuple) and any(isinstance(item, list | tuple) for item in images):
         rows = [[] if row is None else flatten_images(row) for row in images]
-        if len(rows) != len(places):
-            raise ValueError(f"{len(places)} texts but lists of images for {len(rows)}: pass one list per text")
-        for index, (row, count) in enumerate(zip(rows, places)):
+        if len(rows) != len(counts):
+            raise ValueError(f"{len(counts)} texts but lists of images for {len(rows)}: pass one list per text")
+        for index, (row, count) in enumerate(zip(rows, counts)):
             if len(row) != count:
                 raise _mismatch(f"text {index}", count, len(row))
         return flatten_images(rows)
     images = flatten_images(images)
-    if len(images) != sum(places):
-        raise _mismatch("the text", sum(places), len(images))
+    if len(images) != sum(counts):
+        raise _mismatch("the text", sum(counts), len(images))
     return images
 
 
@@ -390,7 +498,7 @@ def _replaced(text: str, replacements: list[tuple[re.Match, str]]) -> str:
 
 
 def _offsets(replacements: list[tuple[re.Match, str]]) -> list[dict[str, Any]]:
-    """Where each image's placeholders were, and where its places are, in characters: in the form of transformers."""
+    """Where an image's placeholder was, and where its expansion is, in characters: in the form of transformers."""
     offsets, shift = [], 0
     for match, replacement in replacements:
         start, end = match.span()
@@ -401,10 +509,11 @@ def _offsets(replacements: list[tuple[re.Match, str]]) -> list[dict[str, Any]]:
     return offsets
 
 
-def _mismatch(where: str, places: int, images: int) -> ValueError:
+def _mismatch(where: str, placeholders: int, images: int) -> ValueError:
     return ValueError(
-        f"{where} has places for {places} images, but {images} were given: write {BagelProcessor.image_token} where an "
-        f"image is read, {BagelProcessor.latent_token}{BagelProcessor.image_token} where one is edited"
+        f"{where} has placeholders for {placeholders} images, but {images} were given: write "
+        f"{BagelProcessor.image_token} where an image is read, "
+        f"{BagelProcessor.latent_token}{BagelProcessor.image_token} where one is edited"
     )
 
 
@@ -414,21 +523,38 @@ def _conversations(conversation: Any) -> list:
     return list(conversation) if isinstance(conversation[0], list | tuple) else [conversation]
 
 
-def _check_conversation(conversation: list[dict[str, Any]]) -> str | None:
-    """Refuse what the template cannot write, and return the role of the last message."""
-    if not conversation:
-        raise ValueError("a conversation is a list of messages, with at least one; got none")
-    for message in conversation:
-        content = message.get("content")
-        if not isinstance(content, str | list | tuple):
-            raise TypeError(f"a message's content is a string or a list of items, not {content!r}")
-        for item in () if isinstance(content, str) else content:
-            kind = item.get("type") if isinstance(item, dict) else type(item).__name__
-            if kind not in CONTENT_TYPES:
-                raise ValueError(f"unknown content type {kind!r}: a message holds items of type 'text' or 'image'")
-            if kind == "text" and not isinstance(item.get("text"), str):
-                raise ValueError(f"an item of type 'text' has its string under 'text'; got {item!r}")
+def _last_role(conversation: Sequence[Mapping[str, Any]]) -> str | None:
+    """The role of the last message; a conversation that the template cannot write is refused."""
+    for _ in conversation_items(conversation):
+        pass
     return conversation[-1].get("role")
+
+
+def stored_model_config(directory: str | os.PathLike, **kwargs) -> BagelConfig | None:
+    """The config of the model in the folder of a processor, if any; `kwargs` are those of `from_pretrained`."""
+    if os.path.isfile(directory):
+        directory = os.path.dirname(directory) or "."
+    hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+    file = cached_file(
+        directory,
+        "config.json",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+    values = json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else {}
+    return BagelConfig.from_dict(values) if values.get("model_type") == BagelConfig.model_type else None
+
+
+def _facts_given(kwargs: Mapping[str, Any]) -> set[str]:
+    """Names of the facts that arguments of `from_pretrained` decide."""
+    decided_by = {
+        "return_position_ids": "multimodal_positions",
+        "patch_size": "vit_patch_size",
+        "latent_stride": "latent_downsample",
+    }
+    return {fact for name, fact in decided_by.items() if name in kwargs} | set(kwargs.get("model_facts") or ())
 
 
 def _to_picture(picture: Image.Image | torch.Tensor) -> Image.Image:

@@ -169,10 +169,9 @@ def check_batch(model: BagelForUnifiedMultimodal) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder of the table"
-    )
-    parser.add_argument("--steps", type=int, default=49, help="steps of a drawing (49)")
+    results = REPOSITORY / "benchmarks" / "results"
+    parser.add_argument("--output", type=Path, default=results, help="folder of the table")
+    parser.add_argument("--steps", type=int, help="steps of a drawing (49; with --tiny 8)")
     parser.add_argument("--tiny", action="store_true", help="the embedded tiny model instead of the 7B shape")
     arguments = parser.parse_args()
     steps = arguments.steps or (8 if arguments.tiny else 49)

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bagel import packing_bagel as packing
 from bagel.image_processing_bagel import BagelImageProcessor
 from bagel.processing_bagel import BagelProcessor
 from bagel.shapes.tokenizer import build_tiny_tokenizer
@@ -32,37 +31,37 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS = {"t2i": 1.0, "editing": 1.0, "vlm": 1.0, "text": 0.5}
 
 
-def picture(draws: np.random.Generator) -> bytes:
+def picture(rng: np.random.Generator) -> bytes:
     """A white picture of a random size; its file is small, its tokens are not."""
-    side, ratio = draws.integers(320, 1600), draws.choice([0.5, 0.67, 0.75, 1.0, 1.33, 1.5, 2.0])
+    side, ratio = rng.integers(320, 1600), rng.choice([0.5, 0.67, 0.75, 1.0, 1.33, 1.5, 2.0])
     size = (int(side), max(64, int(side * ratio)))
     file = BytesIO()
     Image.new("1", size, 1).save(file, "PNG")
     return file.getvalue()
 
 
-def words(draws: np.random.Generator, mean: float) -> str:
-    return " ".join(["word"] * max(1, int(draws.exponential(mean))))
+def words(rng: np.random.Generator, mean: float) -> str:
+    return " ".join(["word"] * max(1, int(rng.exponential(mean))))
 
 
-def row(kind: str, draws: np.random.Generator) -> dict:
+def row(kind: str, rng: np.random.Generator) -> dict:
     """A conversation of a kind."""
     image = {"type": "image"}
 
     def text(mean: float) -> dict:
-        return {"type": "text", "text": words(draws, mean)}
+        return {"type": "text", "text": words(rng, mean)}
 
     if kind == "t2i":
         turns = [[text(40)], [image]]
     elif kind == "editing":
-        turns = [[image, text(12)], [image]] + [[text(12)], [image]] * int(draws.integers(2))
+        turns = [[image, text(12)], [image]] + [[text(12)], [image]] * int(rng.integers(2))
     elif kind == "vlm":
-        turns = [[image] * int(draws.integers(1, 4)) + [text(15)], [text(80)]]
-        turns += [[text(15)], [text(60)]] * int(draws.integers(3))
+        turns = [[image] * int(rng.integers(1, 4)) + [text(15)], [text(80)]]
+        turns += [[text(15)], [text(60)]] * int(rng.integers(3))
     else:
         turns = [[text(60)], [text(300)]]
     messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(turns)]
-    images = [picture(draws) for content in turns for item in content if item is image]
+    images = [picture(rng) for content in turns for item in content if item is image]
     return {"messages": messages, "images": images}
 
 
@@ -99,13 +98,12 @@ def main() -> None:
     tokenizer = build_tiny_tokenizer(["word word"])
     image_processor = BagelImageProcessor()
     processor = BagelProcessor(image_processor, tokenizer)
-    tokens = {name: getattr(processor, name) for name in packing.PackingRules.__dataclass_fields__ if "token" in name}
-    draws = np.random.default_rng(arguments.seed)
+    rng = np.random.default_rng(arguments.seed)
     share = {kind: weight / sum(WEIGHTS.values()) for kind, weight in WEIGHTS.items()}
     sources = [
         data.DataSource(
             kind,
-            [row(kind, draws) for _ in range(int(arguments.samples * share[kind]))],
+            [row(kind, rng) for _ in range(int(arguments.samples * share[kind]))],
             weight=weight,
             share_max_pixels=kind == "vlm",
         )
@@ -114,7 +112,6 @@ def main() -> None:
     dataset = data.PackedDataset(
         sources,
         processor,
-        packing.PackingRules(**tokens),
         max_num_tokens=arguments.max_num_tokens,
         look_ahead=arguments.look_ahead,
         seed=arguments.seed,

@@ -22,6 +22,7 @@ from .folders import (
     CHAT_TEMPLATE,
     REPOSITORY,
     RUNTIME_FILES,
+    model_facts,
     new_image_processor,
     read_json,
     special_tokens,
@@ -277,6 +278,7 @@ def _processor_files(config: Any) -> dict[str, bytes]:
     whole = {
         "auto_map": auto_maps["AutoProcessor"],
         "image_processor": {"auto_map": auto_maps["AutoImageProcessor"], **json.loads(made.to_json_string())},
+        "model_facts": model_facts(config),
         "processor_class": "BagelProcessor",
     }
     if config.multimodal_positions:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..image_processing_bagel import BagelImageProcessor
+from ..packing_bagel import MODEL_FACTS
 from ..processing_bagel import BagelProcessor
 
 
@@ -22,6 +23,7 @@ RUNTIME_FILES = (
     "attention_bagel.py",
     "checkpoint_bagel.py",
     "configuration_bagel.py",
+    "conversations_bagel.py",
     "embeddings_bagel.py",
     "flow_bagel.py",
     "generation_bagel.py",
@@ -30,6 +32,7 @@ RUNTIME_FILES = (
     "lora_bagel.py",
     "modeling_bagel.py",
     "modeling_siglip_navit.py",
+    "packing_bagel.py",
     "positions_bagel.py",
     "processing_bagel.py",
 )
@@ -72,7 +75,13 @@ def new_processor(config: Any, tokenizer: Any) -> Any:
         tokenizer=tokenizer,
         chat_template=template,
         return_position_ids=config.multimodal_positions,
+        model_facts=model_facts(config),
     )
+
+
+def model_facts(config: Any) -> dict[str, Any]:
+    """What a processor stores of its model, for packs."""
+    return {name: getattr(config, name) for name in MODEL_FACTS}
 
 
 def refuse_taken(out_dir: Path) -> None:

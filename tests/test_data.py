@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 from collections import Counter
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,11 @@ from torch.utils.data import DataLoader
 
 from bagel.conversations_bagel import ConversationPlanner, picture_size
 from bagel.image_processing_bagel import BagelImageProcessor
-from bagel.packing_bagel import PackCollator, PackingRules, SamplePlan, draw_sample, pack
+from bagel.packing_bagel import PackCollator, PackingConfig, SamplePlan, pack, pack_samples, randomize
 from bagel.processing_bagel import BagelProcessor
 from bagel.shapes.tokenizer import build_tiny_tokenizer
 from bagel.training.data import (
     Budget,
-    ConversationCollator,
     DataSource,
     PackedDataset,
     editing_conversation,
@@ -48,13 +48,13 @@ DROP_NOTHING = dict.fromkeys(("text_cond_dropout_prob", "vit_cond_dropout_prob",
 
 def make_processor(**settings) -> BagelProcessor:
     tokenizer = build_tiny_tokenizer(vocab_size=263)  # a token per character
-    return BagelProcessor(BagelImageProcessor(**SIZES | settings), tokenizer, chat_template=TEMPLATE)
+    facts = DROP_NOTHING | {"vit_max_num_patch_per_side": 5, "max_latent_size": 6}
+    return BagelProcessor(BagelImageProcessor(**SIZES | settings), tokenizer, chat_template=TEMPLATE, model_facts=facts)
 
 
 PROCESSOR = make_processor()
-IDS = {name: getattr(PROCESSOR, name) for name in PackingRules.__dataclass_fields__ if name.endswith("token_id")}
-RULES = PackingRules(**IDS, **DROP_NOTHING, vit_max_num_patch_per_side=5, max_latent_size=6)
-BOS, EOS, SEE = RULES.bos_token_id, RULES.eos_token_id, RULES.vision_start_token_id
+CONFIG = PROCESSOR.packing_config
+BOS, EOS, SEE = CONFIG.bos_token_id, CONFIG.eos_token_id, CONFIG.vision_start_token_id
 
 
 def picture(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
@@ -79,9 +79,9 @@ def conversation(*spans, **columns) -> dict[str, Any]:
     return {"messages": messages, "images": images, **columns}
 
 
-def shown(row: dict[str, Any], rules: PackingRules = RULES, **options) -> list[str]:
+def shown(row: dict[str, Any], config: PackingConfig = CONFIG, **options) -> list[str]:
     """The items of a plan: their kind; ! = learned, ? = can be dropped, > and what its last token should predict."""
-    plan = ConversationPlanner(PROCESSOR, rules, **options).outline(row).plan
+    plan = ConversationPlanner(PROCESSOR, config, **options).outline(row).plan
     names = {BOS: "bos", EOS: "eos", SEE: "see", None: ""}
     return [
         item.type.removesuffix("_image")
@@ -153,9 +153,9 @@ def clip(role: str, *deltas: int | None) -> dict[str, Any]:
 def test_a_clip_is_one_split_of_vae_frames():
     text = {"role": "user", "content": "it turns"}
     row = {"messages": [text, clip("assistant", 2, 5, None)], "images": [picture(48, 48)] * 3}
-    planner = ConversationPlanner(PROCESSOR, RULES)
+    planner = ConversationPlanner(PROCESSOR, CONFIG)
     outline = planner.outline(row)
-    made = pack([planner.load(outline, draw_sample(outline.plan, RULES, np.random.default_rng(0)))], RULES)
+    made = pack([planner.load(outline, randomize(outline.plan, CONFIG, np.random.default_rng(0)))], CONFIG)
     frame = 2 + 3 * 3
     assert (made["split_lens"], made["attn_modes"]) == ([10, 3 * frame], ["causal", "full"])
     assert made["packed_position_ids"].tolist() == [*range(10)] + [10] * frame + [12] * frame + [17] * frame
@@ -181,20 +181,20 @@ def test_a_clip_is_read_frame_by_frame_unless_something_is_drawn_after_it():
 
 
 def test_a_model_without_tower_or_vae_gets_what_it_can_read():
-    reads = PackingRules.of(RULES, visual_gen=False)
-    draws = PackingRules.of(RULES, visual_und=False)
+    reads = replace(CONFIG, visual_gen=False)
+    sees_latents = replace(CONFIG, visual_und=False)
     assert shown(conversation("u: ...", "a: a cat"), reads) == ["vit", "text!>eos"]
-    assert shown(conversation("u: ...", "u: blue", "a: ..."), draws) == ["vae?", "text?", "vae!"]
+    assert shown(conversation("u: ...", "u: blue", "a: ..."), sees_latents) == ["vae?", "text?", "vae!"]
     with pytest.raises(ValueError, match="draws an image, but this model only reads"):
         shown(conversation("u: a cat", "a: ..."), reads)
     with pytest.raises(ValueError, match="reads an image, but this model has no vision tower"):
-        shown(conversation("u: ...", "a: a cat"), draws)
+        shown(conversation("u: ...", "a: a cat"), sees_latents)
 
 
 def made_of(row: dict[str, Any], **options) -> dict[str, Any]:
-    planner = ConversationPlanner(PROCESSOR, RULES, **options)
+    planner = ConversationPlanner(PROCESSOR, CONFIG, **options)
     outline = planner.outline(row)
-    return pack([planner.load(outline, draw_sample(outline.plan, RULES, np.random.default_rng(0)))], RULES)
+    return pack([planner.load(outline, randomize(outline.plan, CONFIG, np.random.default_rng(0)))], CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_what_is_trained_sees_the_context_that_generation_builds(spans: list[str
 
     from bagel.layout_bagel import ImagePlaces
 
-    special = (PROCESSOR.image_token_id, PROCESSOR.latent_token_id, SEE, RULES.vision_end_token_id)
+    special = (PROCESSOR.image_token_id, PROCESSOR.latent_token_id, SEE, CONFIG.vision_end_token_id)
     positions = ImagePlaces.of(prompt[None], *special).positions(torch.ones_like(prompt)[None])[0]
     assert made["packed_position_ids"][kept].tolist() == positions.tolist()
 
@@ -259,7 +259,7 @@ def test_decisions_stand_where_generation_asks_for_them():
         if weight == 1
     ]
     labels = dict(zip(made["ce_loss_indexes"].tolist(), made["packed_label_ids"].tolist()))
-    assert [(text[place], labels[place]) for place in asked] == [(EOS, SEE), (RULES.vision_end_token_id, EOS)]
+    assert [(text[place], labels[place]) for place in asked] == [(EOS, SEE), (CONFIG.vision_end_token_id, EOS)]
     assert asked[1] == made["sequence_length"] - 1 == made["packed_vit_token_indexes"][-1] + 1
 
 
@@ -277,11 +277,11 @@ def test_lengths_from_headers_are_those_of_the_pixels(spans: list[str], size: tu
     row = conversation(*spans)
     row["images"] = [file_of(picture(*size, seed=seed)) for seed in range(len(row["images"]))]
     settings = {"max_pixels": 2000} if share else {}
-    rules = PackingRules.of(RULES, max_latent_size=40, vit_max_num_patch_per_side=40)
-    planner = ConversationPlanner(PROCESSOR, rules, share_max_pixels=share, image_settings=settings)
+    config = replace(CONFIG, max_latent_size=40, vit_max_num_patch_per_side=40)
+    planner = ConversationPlanner(PROCESSOR, config, share_max_pixels=share, image_settings=settings)
     outline = planner.outline(row)
-    drawn = planner.load(outline, draw_sample(outline.plan, rules, np.random.default_rng(0)))
-    for one in drawn.items:
+    loaded = planner.load(outline, randomize(outline.plan, config, np.random.default_rng(0)))
+    for one in loaded.items:
         if one.item.type == "vit_image":
             assert len(one.item.content) == one.item.num_tokens - 2
         elif one.item.type == "vae_image":
@@ -294,7 +294,7 @@ def test_images_of_a_row_can_share_the_pixel_limit():
         row["images"] = [picture(70, 70)] * len(row["images"])
     lengths = []
     for share in (False, True):
-        planner = ConversationPlanner(PROCESSOR, RULES, share_max_pixels=share, image_settings={"max_pixels": 4900})
+        planner = ConversationPlanner(PROCESSOR, CONFIG, share_max_pixels=share, image_settings={"max_pixels": 4900})
         lengths.append([planner.outline(row).plan.items[0].num_tokens for row in rows])
     assert lengths[0] == [27, 27, 27]
     assert lengths[1][0] == 27 > lengths[1][1] > lengths[1][2]
@@ -342,24 +342,23 @@ def test_a_turned_picture_behind_its_pixels_is_skipped_with_the_reason(caplog):
 
 def mixed_rows(number: int, seed: int = 0) -> list[dict[str, Any]]:
     """Conversations of many lengths, with an id each."""
-    draws, rows = np.random.default_rng(seed), []
+    rng, rows = np.random.default_rng(seed), []
     for index in range(number):
-        words = "x" * int(draws.integers(1, 60))
+        words = "x" * int(rng.integers(1, 60))
         kinds = [["u: hi", f"a: {words}"], ["u: ...", f"a: {words}"], [f"u: {words}", "a: ..."]]
         kinds.append(["u: ...", f"u: {words}", "a: ..."])
-        row = conversation(*kinds[draws.integers(len(kinds))], id=f"{seed}-{index}")
-        width, height = (int(side) for side in draws.integers(30, 90, 2))
+        row = conversation(*kinds[rng.integers(len(kinds))], id=f"{seed}-{index}")
+        width, height = (int(side) for side in rng.integers(30, 90, 2))
         row["images"] = [file_of(picture(width, height)) for _ in row["images"]]
         rows.append(row)
     return rows
 
 
 def dataset(rows, **options) -> PackedDataset:
-    rules = options.pop("rules", RULES)
     if not isinstance(rows, DataSource | list) or (isinstance(rows, list) and isinstance(rows[0], dict)):
         rows = DataSource("rows", rows)
     options = {"max_num_tokens": 300, "look_ahead": 8, "rank": 0, "world_size": 1, **options}
-    return PackedDataset(rows, PROCESSOR, rules, **options)
+    return PackedDataset(rows, PROCESSOR, **options)
 
 
 def ids(made: dict[str, Any]) -> list[str]:
@@ -405,8 +404,7 @@ def test_a_model_trains_on_a_pack(model):
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(model.config._name_or_path, trust_remote_code=True)
-    rules = PackingRules.of(model.config)
-    data = PackedDataset(DataSource("rows", mixed_rows(6)), processor, rules, max_num_tokens=2000, rank=0, world_size=1)
+    data = PackedDataset(DataSource("rows", mixed_rows(6)), processor, max_num_tokens=2000, rank=0, world_size=1)
     output = model(**next(iter(data)))
     assert torch.isfinite(output.loss) and output.mse is not None and output.ce is not None
 
@@ -431,7 +429,7 @@ def timesteps(packs) -> dict[str, list[float]]:
     return found
 
 
-def test_every_epoch_has_its_own_order_and_draws():
+def test_every_epoch_has_its_own_order_and_timesteps():
     data = dataset(mixed_rows(30), report=True)
     first, again = list(data), list(data)
     data.set_epoch(1)
@@ -450,20 +448,18 @@ def test_epochs_of_several_passes_do_not_overlap():
     for epoch in range(2):
         data.set_epoch(epoch)
         for planned in data.plan():
-            seen += [(sample.drawn.name, sample.drawn.items[-1].timestep) for sample in planned.samples]
+            seen += [(sample.sample.name, sample.sample.items[-1].timestep) for sample in planned.samples]
     assert len(set(seen)) == len(seen) == 2 * 2 * 5
 
 
-def test_samples_have_draws_of_their_own():
+def test_samples_have_timesteps_of_their_own():
     drawn = [times[-1] for times in timesteps(dataset(mixed_rows(30), report=True)).values() if len(times) > 1]
     assert len(set(drawn)) == len(drawn) > 5
 
 
 def test_what_a_sample_becomes_does_not_depend_on_its_pack():
-    rules = PackingRules.of(RULES, vit_cond_dropout_prob=0.5)
-
     def became(**options) -> dict[str, list[float]]:
-        return timesteps(dataset(mixed_rows(20), report=True, rules=rules, **options))
+        return timesteps(dataset(mixed_rows(20), report=True, vit_cond_dropout_prob=0.5, **options))
 
     assert became() == became(max_num_tokens=150, look_ahead=3)
     one, two = (became(rank=rank, world_size=2) for rank in range(2))
@@ -484,7 +480,7 @@ def test_packs_and_their_order_do_not_depend_on_workers(workers: int, batch_size
     rows = mixed_rows(40)
     rows[7]["images"], rows[7]["messages"] = [b"broken"], conversation("u: ...", "a: x")["messages"]
     expected = list(dataset(rows, report=True))
-    options = {"batch_size": batch_size, "collate_fn": PackCollator(RULES) if batch_size else None}
+    options = {"batch_size": batch_size, "collate_fn": PackCollator(CONFIG) if batch_size else None}
     loaded = list(DataLoader(dataset(rows, report=True), num_workers=workers, **options))
     assert len(loaded) == len(expected) > 4
     assert all(map(same, loaded, expected))
@@ -749,7 +745,7 @@ PLANS = {
 )
 def test_plans_are_those_of_the_released_datasets(case):
     facts = case.facts
-    plan = ConversationPlanner(PROCESSOR, RULES, decisions=False).outline(PLANS[facts["case"]]).plan
+    plan = ConversationPlanner(PROCESSOR, CONFIG, decisions=False).outline(PLANS[facts["case"]]).plan
     assert released_entries(plan) == facts["samples"][0]["sequence_plan"]
 
 
@@ -968,21 +964,87 @@ def test_a_short_pack_reads_on_for_a_sample_that_fits():
 
 def test_the_collator_packs_conversations():
     rows = mixed_rows(4)
-    collate = ConversationCollator(PROCESSOR, RULES, draws=np.random.default_rng(0))
-    made = collate(rows)
+    made = PROCESSOR.collator(rng=np.random.default_rng(0))(rows)
     assert len(made["sample_lens"]) == 4
     assert "report" not in made
-    loader = DataLoader(rows, batch_size=2, collate_fn=ConversationCollator(PROCESSOR, RULES))
+    loader = DataLoader(rows, batch_size=2, collate_fn=PROCESSOR.collator())
     assert [len(batch["sample_lens"]) for batch in loader] == [2, 2]
 
 
-def test_the_collator_skips_what_it_cannot_use_and_counts_it(caplog):
+def test_the_collator_skips_what_it_cannot_use_and_counts_it():
     rows = [*mixed_rows(1), {"messages": []}, conversation("a: " + "x" * 500, id="long")]
-    collate = ConversationCollator(PROCESSOR, RULES, max_num_tokens=400)
+    collate = PROCESSOR.collator(max_num_tokens=400)
     assert len(collate(rows)["sample_lens"]) == 1
     assert collate.num_skipped == 2
     with pytest.raises(ValueError, match=r"None of 2 rows could be used.*row long: .*502 tokens do not fit"):
         collate(rows[1:])
+
+
+def test_the_collator_reports_what_it_packed_and_left_out():
+    rows = [conversation("a: x", id="good"), {"messages": [], "id": "bad"}]
+    report = PROCESSOR.collator(report=True)(rows)["report"]
+    assert report["sample_ids"] == ["row good"]
+    assert [(name, reason.split(":")[0]) for name, reason in report["skipped"]] == [("row bad", "ValueError")]
+
+
+def test_the_collator_keeps_the_token_budget():
+    rows = [conversation("a: " + "x" * 98, id=str(number)) for number in range(5)]
+    collate = PROCESSOR.collator(max_num_tokens=250)
+    made = collate(rows)
+    assert (made["sample_lens"], collate.num_skipped) == ([100, 100], 3)
+
+
+def test_a_pickled_collator_gives_the_same_packs():
+    rows, collate = mixed_rows(4), PROCESSOR.collator(rng=np.random.default_rng(5), vit_cond_dropout_prob=0.5)
+    copied = pickle.loads(pickle.dumps(collate))
+    assert same(copied(rows), collate(rows))
+
+
+def test_a_processor_packs_what_planning_randomizing_and_packing_give():
+    rows, facts = mixed_rows(6), {"text_cond_dropout_prob": 0.5, "vit_cond_dropout_prob": 0.5}
+    config = replace(CONFIG, **facts)
+    planner, keep_all = ConversationPlanner(PROCESSOR, config), np.random.default_rng(1)
+    plans = []
+    for row in rows:
+        outline = planner.outline(row)
+        loaded = planner.load(outline, randomize(outline.plan, CONFIG, keep_all))  # CONFIG drops nothing
+        plans.append(SamplePlan(tuple(kept.item for kept in loaded.items)))
+    expected = pack_samples(plans, config, np.random.default_rng(7))
+    assert same(PROCESSOR.pack(rows, rng=np.random.default_rng(7), **facts), expected)
+    without_dropout = pack_samples(plans, CONFIG, np.random.default_rng(7))
+    assert same(PROCESSOR.pack(rows, rng=np.random.default_rng(7)), without_dropout)
+    assert not same(without_dropout, expected)
+
+
+def test_randomness_of_a_pack_follows_torch_unless_it_is_given():
+    rows, packs = [conversation("u: a cat", "a: ...")], []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        packs.append(PROCESSOR.pack(rows))
+    assert same(packs[0], packs[1]) and not same(packs[0], packs[2])
+
+
+def test_a_pack_refuses_a_row_that_it_cannot_use_unless_told_to_skip():
+    rows = [conversation("a: x"), {"messages": []}]
+    with pytest.raises(ValueError, match=r"row 1 of the batch cannot be packed.*has no messages"):
+        PROCESSOR.pack(rows)
+    assert same(PROCESSOR.pack(rows, skip=True), PROCESSOR.pack(rows[:1]))
+    assert same(PROCESSOR.pack(rows[0]), PROCESSOR.pack(rows[:1]))
+    with pytest.raises(ValueError, match="its 3 tokens do not fit max_num_tokens=5 beside 3"):
+        PROCESSOR.pack([rows[0], rows[0]], max_num_tokens=5)
+
+
+def test_options_of_a_pack_reach_planning_and_packing():
+    row = conversation("u: go", "a: first", "a: ...")
+    assert sum(PROCESSOR.pack([row], pad_to=300)["split_lens"]) == 300
+    assert len(PROCESSOR.pack([row], nested_masks=True)["nested_attention_masks"]) == 1
+    assert PROCESSOR.pack([row], decisions=False)["sequence_length"] < PROCESSOR.pack([row])["sequence_length"]
+    with pytest.raises(ValueError, match="max_latent_size=1 per side"):
+        PROCESSOR.pack([row], max_latent_size=1)
+    with pytest.raises(TypeError, match=r"no option max_latent_sise \(did you mean max_latent_size\?\)"):
+        PROCESSOR.collator(max_latent_sise=3)
+    with pytest.raises(TypeError, match="no option max_tokens"):
+        dataset([row], max_tokens=3)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1007,11 +1069,11 @@ BAD_ROWS = {
     "content is no list": ({"messages": [{"role": "assistant", "content": 7}]}, "is a string or a list of items"),
     "text missing": (
         {"messages": [{"role": "assistant", "content": [{"type": "text", "text": None}]}]},
-        "no string under 'text'",
+        "its string under 'text'",
     ),
     "unknown role": ({"messages": [{"role": "bot", "content": "hi"}]}, "Unknown role 'bot'"),
-    "too few images": (conversation("u: ...", "a: x") | {"images": []}, "more places for images than its 0 images"),
-    "too many images": (conversation("a: x") | {"images": [picture()]}, "1 images, but places for only 0"),
+    "too few images": (conversation("u: ...", "a: x") | {"images": []}, "more placeholders than its 0 images"),
+    "too many images": (conversation("a: x") | {"images": [picture()]}, "1 images, but placeholders for only 0"),
     "a placeholder in a text": (conversation("a: see <|image_pad|>"), r"holds <\|image_pad\|>"),
     "an open clip": (
         {"messages": [clip("user", 2), {"role": "assistant", "content": "x"}], "images": [picture()]},
@@ -1040,8 +1102,8 @@ def test_a_bad_row_is_skipped_with_its_id_and_the_reason(name: str, monkeypatch)
     rows = [conversation("a: first"), dict(row, id="bad"), conversation("a: last")]
     messages = []
     monkeypatch.setattr("bagel.training.data.logger.warning", messages.append)
-    rules = PackingRules.of(RULES, max_latent_size=4) if name == "too large" else RULES
-    packs = list(dataset(rows, report=True, rules=rules))
+    facts = {"max_latent_size": 4} if name == "too large" else {}
+    packs = list(dataset(rows, report=True, **facts))
     assert sorted(all_ids(packs)) == ["rows:0", "rows:2"]
     ((skipped, why),) = [entry for made in packs for entry in made["report"]["skipped"]]
     assert skipped == "rows:bad"
@@ -1063,11 +1125,11 @@ def test_a_pack_of_which_nothing_is_left_is_reported_with_the_next():
 def test_a_sample_that_loses_all_its_items_is_skipped():
     """A text that is only a condition can be dropped; nothing is left of a sample that is nothing else."""
     plan = SamplePlan(
-        tuple(ConversationPlanner(PROCESSOR, RULES).outline(conversation("u: cat", "a: ...")).plan.items[:1])
+        tuple(ConversationPlanner(PROCESSOR, CONFIG).outline(conversation("u: cat", "a: ...")).plan.items[:1])
     )
-    dropping = PackingRules.of(RULES, text_cond_dropout_prob=1.0)
+    dropping = replace(CONFIG, text_cond_dropout_prob=1.0)
     with pytest.raises(ValueError, match="no tokens: all of its items were dropped"):
-        draw_sample(plan, dropping, np.random.default_rng(0))
+        randomize(plan, dropping, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("epochs", [1, None])
@@ -1131,7 +1193,7 @@ def test_settings_that_contradict_each_other_are_refused():
 
 
 def test_a_processor_of_another_model_is_refused():
-    with pytest.raises(ValueError, match=r"bos_token_id is .*, the packing rules say 151644"):
-        ConversationPlanner(PROCESSOR, PackingRules())
-    with pytest.raises(ValueError, match="patch_size is 7, the packing rules say 14"):
-        ConversationPlanner(make_processor(patch_size=7), RULES)
+    with pytest.raises(ValueError, match=r"bos_token_id is .*, the packing config says 151644"):
+        ConversationPlanner(PROCESSOR, PackingConfig())
+    with pytest.raises(ValueError, match="patch_size is 7, the packing config says 14"):
+        ConversationPlanner(make_processor(patch_size=7), CONFIG)

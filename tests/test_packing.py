@@ -4,33 +4,35 @@
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from parity_data import Case, cases
-from tiny_models import BOS, EOS, VISION_END, VISION_START, tiny_model
+from tiny_models import BOS, EOS, IMAGE, LATENT, VISION_END, VISION_START, tiny_config, tiny_model
 
 from bagel.layout_bagel import PackedLayout
 from bagel.packing_bagel import (
     CLEAN,
     PackCollator,
-    PackingRules,
+    PackingConfig,
     SamplePlan,
     SequenceItem,
-    draw_sample,
     pack,
     pack_samples,
+    randomize,
 )
 
 
 PACKS = cases("pack")
 TRAINED = cases("train_forward")
+DROP_NOTHING = dict.fromkeys(("text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob"), 0.0)
 
 
 class Replay:
-    """Stored draws, in order."""
+    """Stored random numbers, in order."""
 
     def __init__(self, uniform: list[float], normal: list[float]):
         self.uniform, self.normal = list(uniform), list(normal)
@@ -46,12 +48,12 @@ class Replay:
         return not self.uniform and not self.normal
 
 
-NO_DRAWS = Replay([], [])
+NO_NUMBERS = Replay([], [])
 
 
-def released_rules(facts: dict[str, Any]) -> PackingRules:
+def released_config(facts: dict[str, Any]) -> PackingConfig:
     settings, special = facts["data_config"], facts["special_tokens"]
-    return PackingRules(
+    return PackingConfig(
         bos_token_id=special["bos_token_id"],
         eos_token_id=special["eos_token_id"],
         vision_start_token_id=special["start_of_image"],
@@ -77,15 +79,15 @@ def released_pictures(sample: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def replayed(facts: dict[str, Any], **options) -> dict[str, Any]:
-    """The pack of a file, made with the draws that the released packer made; it must have made as many."""
-    rules = released_rules(facts)
+    """The pack of a file, made with the random numbers of the released packer, which must be used up."""
+    packing = released_config(facts)
     plans = [
-        rules.released_plan(sample["sequence_plan"], sample["text_ids_list"], released_pictures(sample))
+        packing.released_plan(sample["sequence_plan"], sample["text_ids_list"], released_pictures(sample))
         for sample in facts["samples"]
     ]
-    draws = Replay(facts["random_random_draws"], facts["np_random_randn_draws"])
-    made = pack_samples(plans, rules, draws, **options)
-    assert draws.empty
+    rng = Replay(facts["random_random_draws"], facts["np_random_randn_draws"])
+    made = pack_samples(plans, packing, rng, **options)
+    assert rng.empty
     return made
 
 
@@ -159,13 +161,13 @@ def test_padding_gives_the_released_flex_pack(case: Case):
 
 @pytest.mark.parametrize("case", PACKS)
 def test_splits_of_single_samples_are_the_released_ones(case: Case):
-    facts, rules = case.facts, released_rules(case.facts)
-    draws = Replay(facts["random_random_draws"], facts["np_random_randn_draws"])
+    facts, packing = case.facts, released_config(case.facts)
+    rng = Replay(facts["random_random_draws"], facts["np_random_randn_draws"])
     for sample, lens, modes in zip(
         facts["samples"], facts["split_lens_per_sample"], facts["attn_modes_per_sample"], strict=True
     ):
-        plan = rules.released_plan(sample["sequence_plan"], sample["text_ids_list"], released_pictures(sample))
-        made = pack_samples([plan], rules, draws)
+        plan = packing.released_plan(sample["sequence_plan"], sample["text_ids_list"], released_pictures(sample))
+        made = pack_samples([plan], packing, rng)
         assert (made["split_lens"], made["attn_modes"], made["sample_lens"]) == (lens, modes, [sum(lens)])
 
 
@@ -173,8 +175,8 @@ def test_splits_of_single_samples_are_the_released_ones(case: Case):
 def test_plans_of_the_released_training_forwards_give_their_inputs(case: Case):
     facts, arrays, config = case.facts, case.replay(), case.parity.config()
     special = facts["special_tokens"]
-    rules = PackingRules.of(
-        config,
+    packing = replace(
+        PackingConfig.of_model(config),
         bos_token_id=special["bos_token_id"],
         eos_token_id=special["eos_token_id"],
         vision_start_token_id=special["start_of_image"],
@@ -184,7 +186,7 @@ def test_plans_of_the_released_training_forwards_give_their_inputs(case: Case):
         vae_cond_dropout_prob=0.0,
     )
     plans = [
-        rules.released_plan(
+        packing.released_plan(
             sample["sequence_plan"], sample["text_ids_list"], [torch.zeros(shape) for shape in sample["image_shapes"]]
         )
         for sample in facts["samples"]
@@ -192,9 +194,9 @@ def test_plans_of_the_released_training_forwards_give_their_inputs(case: Case):
     droppable = [item for plan in plans for item in plan.items if item.enable_cfg]
 
     def made_with(**options) -> dict[str, Any]:
-        draws = Replay([0.5] * len(droppable), facts["timestep_draws"])
-        made = pack_samples(plans, rules, draws, **options)
-        assert draws.empty
+        rng = Replay([0.5] * len(droppable), facts["timestep_draws"])
+        made = pack_samples(plans, packing, rng, **options)
+        assert rng.empty
         return made
 
     made = made_with()
@@ -216,7 +218,7 @@ def test_plans_of_the_released_training_forwards_give_their_inputs(case: Case):
 # Equalities and pictures
 
 
-RULES = PackingRules(
+CONFIG = PackingConfig(
     bos_token_id=BOS,
     eos_token_id=EOS,
     vision_start_token_id=VISION_START,
@@ -245,7 +247,7 @@ def pixels(height: int, width: int) -> torch.Tensor:
     return torch.rand(3, height, width, generator=generator) * 2 - 1
 
 
-def draws(*uniform: float) -> Replay:
+def random_numbers(*uniform: float) -> Replay:
     return Replay(list(uniform), [0.5, -0.25, 1.5])
 
 
@@ -263,7 +265,7 @@ def drawing(made: dict[str, Any]) -> str:
 
 @pytest.mark.core
 def test_a_picture_is_one_block_at_one_position_and_its_noisy_copy_is_hidden():
-    made = pack_samples([SamplePlan((text(7), vae(1, 1, loss=True), vae(1, 1), text(8)))], RULES, draws())
+    made = pack_samples([SamplePlan((text(7), vae(1, 1, loss=True), vae(1, 1), text(8)))], CONFIG, random_numbers())
     assert made["packed_position_ids"].tolist() == [0, 1, 2, 3, 3, 3, 3, 3, 3, 4, 5, 6]
     assert drawing(made) == "\n".join(
         [
@@ -286,7 +288,7 @@ def test_a_picture_is_one_block_at_one_position_and_its_noisy_copy_is_hidden():
 @pytest.mark.core
 def test_labels_are_the_next_ids_then_eos_then_the_first_token_of_the_next_span():
     plan = SamplePlan((text(7, 8, loss=True, special_token_label=VISION_START), vae(1, 1, loss=True)))
-    made = pack_samples([plan], RULES, draws())
+    made = pack_samples([plan], CONFIG, random_numbers())
     assert made["packed_text_ids"].tolist() == [BOS, 7, 8, EOS, VISION_START, VISION_END]
     assert made["ce_loss_indexes"].tolist() == [0, 1, 2, 3]
     assert made["packed_label_ids"].tolist() == [7, 8, EOS, VISION_START]
@@ -296,10 +298,10 @@ def test_labels_are_the_next_ids_then_eos_then_the_first_token_of_the_next_span(
 @pytest.mark.core
 def test_a_dropped_picture_keeps_its_position_and_a_dropped_text_does_not():
     plan = SamplePlan((vit(1, 1, enable_cfg=True), text(7, enable_cfg=True), vae(1, 1, loss=True)))
-    kept = pack_samples([plan], RULES, draws(0.9, 0.9))
-    without_picture = pack_samples([plan], RULES, draws(0.0, 0.9))
-    without_text = pack_samples([plan], RULES, draws(0.9, 0.0))
-    without_both = pack_samples([plan], RULES, draws(0.0, 0.0))
+    kept = pack_samples([plan], CONFIG, random_numbers(0.9, 0.9))
+    without_picture = pack_samples([plan], CONFIG, random_numbers(0.0, 0.9))
+    without_text = pack_samples([plan], CONFIG, random_numbers(0.9, 0.0))
+    without_both = pack_samples([plan], CONFIG, random_numbers(0.0, 0.0))
     assert kept["packed_position_ids"].tolist() == [0, 0, 0, 1, 2, 3, 4, 4, 4]
     assert without_picture["packed_position_ids"].tolist() == [1, 2, 3, 4, 4, 4]
     assert without_text["packed_position_ids"].tolist() == [0, 0, 0, 1, 1, 1]
@@ -313,7 +315,7 @@ def test_frames_share_a_split_and_a_timestep_and_step_by_their_distance():
         vae(1, 1, loss=True, split_start=False, split_end=False, frame_delta=5),
         vae(1, 1, loss=True, split_start=False),
     )
-    made = pack_samples([SamplePlan((*frames, vae(1, 1, loss=True)))], RULES, draws())
+    made = pack_samples([SamplePlan((*frames, vae(1, 1, loss=True)))], CONFIG, random_numbers())
     assert made["packed_position_ids"].tolist() == [0] * 3 + [2] * 3 + [7] * 6
     assert (made["split_lens"], made["attn_modes"]) == ([9, 3], ["full", "noise"])
     assert made["packed_timesteps"].tolist() == [0.5, 0.5, 0.5, -0.25]
@@ -328,7 +330,7 @@ def test_a_clip_that_loses_frames_stays_one_split(dropped: tuple[int, ...]):
         vae(1, 3, enable_cfg=True, split_start=False),
     )
     uniform = [0.0 if frame in dropped else 0.9 for frame in range(3)]
-    made = pack_samples([SamplePlan((*frames, text(7)))], RULES, draws(*uniform))
+    made = pack_samples([SamplePlan((*frames, text(7)))], CONFIG, random_numbers(*uniform))
     left = [frame for frame in range(3) if frame not in dropped]
     clip = [sum(3 + frame for frame in left)] if left else []
     assert made["split_lens"] == [*clip, 3]
@@ -337,10 +339,10 @@ def test_a_clip_that_loses_frames_stays_one_split(dropped: tuple[int, ...]):
 
 
 @pytest.mark.core
-def test_numbers_are_drawn_only_for_what_can_be_dropped_and_what_is_learned():
+def test_random_numbers_are_taken_only_for_what_can_be_dropped_and_what_is_learned():
     plan = SamplePlan((text(7), vit(1, 1), vae(1, 1), vae(1, 1, loss=True), text(8, loss=True)))
     stored = Replay([], [0.25])
-    made = pack_samples([plan], RULES, stored)
+    made = pack_samples([plan], CONFIG, stored)
     assert stored.empty
     assert made["packed_timesteps"].tolist() == [CLEAN, 0.25]
 
@@ -356,8 +358,8 @@ def test_lists_of_the_caller_stay_what_they_are():
         "image_tensor_list": [pixels(4, 8)],
     }
     before = copy.deepcopy(sample)
-    plan = RULES.released_plan(**sample)
-    first, second = (pack_samples([plan, plan], RULES, draws()) for _ in range(2))
+    plan = CONFIG.released_plan(**sample)
+    first, second = (pack_samples([plan, plan], CONFIG, random_numbers()) for _ in range(2))
     assert sample.keys() == before.keys()
     assert sample["sequence_plan"] == before["sequence_plan"]
     assert sample["text_ids_list"] == before["text_ids_list"]
@@ -368,7 +370,7 @@ def test_lists_of_the_caller_stay_what_they_are():
 
 @pytest.mark.core
 def test_what_a_pack_does_not_have_is_absent():
-    made = pack_samples([SamplePlan((text(7),))], RULES, NO_DRAWS)
+    made = pack_samples([SamplePlan((text(7),))], CONFIG, NO_NUMBERS)
     assert set(made) == {
         "sequence_length",
         "sample_lens",
@@ -378,27 +380,47 @@ def test_what_a_pack_does_not_have_is_absent():
         "split_lens",
         "attn_modes",
     }
-    drawn = pack_samples([SamplePlan((vae(1, 1), text(7)))], RULES, NO_DRAWS)
-    assert "mse_loss_indexes" not in drawn and "ce_loss_indexes" not in drawn and "packed_vit_tokens" not in drawn
+    made = pack_samples([SamplePlan((vae(1, 1), text(7)))], CONFIG, NO_NUMBERS)
+    assert "mse_loss_indexes" not in made and "ce_loss_indexes" not in made and "packed_vit_tokens" not in made
 
 
 @pytest.mark.core
-def test_rules_follow_the_config_of_a_model():
+def test_facts_are_those_of_the_config_of_a_model():
     config = tiny_model().config
-    rules = PackingRules.of(config, text_cond_dropout_prob=0.0)
-    assert (rules.bos_token_id, rules.max_latent_size) == (config.bos_token_id, config.max_latent_size)
-    assert (rules.latent_downsample, rules.vit_patch_size) == (config.latent_downsample, config.vit_patch_size)
-    assert (rules.text_cond_dropout_prob, rules.vit_cond_dropout_prob) == (0.0, config.vit_cond_dropout_prob)
+    packing = PackingConfig.of_model(config)
+    assert (packing.bos_token_id, packing.max_latent_size) == (config.bos_token_id, config.max_latent_size)
+    assert (packing.latent_downsample, packing.vit_patch_size) == (config.latent_downsample, config.vit_patch_size)
+    assert packing.vit_cond_dropout_prob == config.vit_cond_dropout_prob
+    packing.check_model(config)
+
+
+@pytest.mark.core
+def test_every_fact_that_differs_from_a_model_is_named_with_both_values():
+    config = tiny_config()
+    packing = replace(PackingConfig.of_model(config), max_latent_size=9, vit_cond_dropout_prob=0.5)
+    with pytest.raises(
+        ValueError,
+        match="max_latent_size is 9 for the processor, 8 for the model; vit_cond_dropout_prob is 0.5 for the "
+        r"processor, 0.3 for the model\. .*follow_model",
+    ):
+        packing.check_model(config)
+    packing.check_model(config, unchecked={"max_latent_size", "vit_cond_dropout_prob"})
+
+
+@pytest.mark.core
+def test_a_model_with_several_eos_ids_agrees_with_each():
+    for ids in ([EOS, 5], [5, EOS]):
+        replace(CONFIG, image_token_id=IMAGE, latent_token_id=LATENT).check_model(tiny_config(eos_token_id=ids))
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # With a model
 
 
-def samples_of(config) -> tuple[PackingRules, list[SamplePlan]]:
+def samples_of(config) -> tuple[PackingConfig, list[SamplePlan]]:
     """An edit, a question about a picture, plain text and a drawing in the middle of an answer."""
-    rules = PackingRules.of(config, text_cond_dropout_prob=0.0, vit_cond_dropout_prob=0.0, vae_cond_dropout_prob=0.0)
-    patch, stride = rules.vit_patch_size, rules.latent_downsample
+    packing = replace(PackingConfig.of_model(config), **DROP_NOTHING)
+    patch, stride = packing.vit_patch_size, packing.latent_downsample
 
     def read(rows: int, columns: int) -> SequenceItem:
         return SequenceItem.vit_image(pixels(patch * rows, patch * columns), patch)
@@ -406,14 +428,14 @@ def samples_of(config) -> tuple[PackingRules, list[SamplePlan]]:
     def seen(rows: int, columns: int, **flags) -> SequenceItem:
         return SequenceItem.vae_image(pixels(stride * rows, stride * columns), stride, **flags)
 
-    return rules, [
+    return packing, [
         SamplePlan((seen(2, 3), read(2, 2), text(11, 12, 13), seen(2, 3, loss=True))),
         SamplePlan((read(3, 2), text(21, 22), text(23, 24, 25, loss=True))),
-        SamplePlan((text(31, 32, loss=True, special_token_label=rules.eos_token_id),)),
+        SamplePlan((text(31, 32, loss=True, special_token_label=packing.eos_token_id),)),
         SamplePlan(
             (
                 text(41),
-                text(42, loss=True, special_token_label=rules.vision_start_token_id),
+                text(42, loss=True, special_token_label=packing.vision_start_token_id),
                 seen(1, 2, loss=True),
                 seen(1, 2),
                 read(1, 1),
@@ -424,18 +446,18 @@ def samples_of(config) -> tuple[PackingRules, list[SamplePlan]]:
 
 
 def with_latents(made: dict[str, Any], config) -> dict[str, Any]:
-    """Latents and noise that depend on the picture alone, in place of the VAE's own draws."""
+    """Latents and noise that depend on the picture alone, in place of the VAE's own samples."""
     made, patch, z = dict(made), config.latent_patch_size, config.vae_config.z_channels
     shapes = made.get("patchified_vae_latent_shapes", [])
     if not shapes:
         return made
     del made["padded_images"]
 
-    def drawn(rows: int, columns: int, *size: int) -> torch.Tensor:
+    def normal(rows: int, columns: int, *size: int) -> torch.Tensor:
         return torch.randn(*size, generator=torch.Generator().manual_seed(10 * rows + columns))
 
-    made["padded_latent"] = [drawn(h, w, z, h * patch, w * patch) for h, w in shapes]
-    made["noise"] = torch.cat([drawn(w, h, h * w, config.patch_latent_dim) for h, w in shapes])
+    made["padded_latent"] = [normal(h, w, z, h * patch, w * patch) for h, w in shapes]
+    made["noise"] = torch.cat([normal(w, h, h * w, config.patch_latent_dim) for h, w in shapes])
     return made
 
 
@@ -443,11 +465,11 @@ def with_latents(made: dict[str, Any], config) -> dict[str, Any]:
 @torch.no_grad()
 def test_the_loss_of_a_pack_is_that_of_its_samples_one_by_one():
     model = tiny_model().eval()
-    rules, plans = samples_of(model.config)
+    packing, plans = samples_of(model.config)
     normal = np.random.default_rng(0)
-    drawn = [draw_sample(plan, rules, normal) for plan in plans]
-    together = model(**with_latents(pack(drawn, rules), model.config))
-    alone = [model(**with_latents(pack([one], rules), model.config)) for one in drawn]
+    samples = [randomize(plan, packing, normal) for plan in plans]
+    together = model(**with_latents(pack(samples, packing), model.config))
+    alone = [model(**with_latents(pack([one], packing), model.config)) for one in samples]
     ce = torch.cat([output.ce for output in alone if output.ce is not None])
     mse = torch.cat([output.mse for output in alone if output.mse is not None])
     torch.testing.assert_close(together.ce, ce, atol=1e-5, rtol=1e-5)
@@ -461,9 +483,9 @@ def test_the_loss_of_a_pack_is_that_of_its_samples_one_by_one():
 @torch.no_grad()
 def test_a_model_takes_splits_masks_and_padding_alike():
     model = tiny_model().eval()
-    rules, plans = samples_of(model.config)
+    packing, plans = samples_of(model.config)
     packs = [
-        pack_samples(plans, rules, np.random.default_rng(0), **options)
+        pack_samples(plans, packing, np.random.default_rng(0), **options)
         for options in ({}, {"nested_masks": True}, {"pad_to": 200})
     ]
     states = [model(**with_latents(made, model.config)).last_hidden_state for made in packs]
@@ -474,8 +496,8 @@ def test_a_model_takes_splits_masks_and_padding_alike():
 @pytest.mark.core
 def test_a_model_encodes_the_pictures_of_a_pack_itself():
     model = tiny_model()
-    rules, plans = samples_of(model.config)
-    output = model(**pack_samples(plans, rules, np.random.default_rng(0)))
+    packing, plans = samples_of(model.config)
+    output = model(**pack_samples(plans, packing, np.random.default_rng(0)))
     assert torch.isfinite(output.loss) and output.ce is not None and output.mse is not None
 
 
@@ -486,7 +508,7 @@ def test_a_model_encodes_the_pictures_of_a_pack_itself():
 @pytest.mark.core
 def test_the_collator_packs_samples_and_lets_a_finished_pack_pass():
     plans = [SamplePlan((text(7, loss=True),)), SamplePlan((text(8, 9, loss=True),))]
-    collate = PackCollator(RULES)
+    collate = PackCollator(CONFIG)
     made = collate(plans)
     assert made["sample_lens"] == [3, 4]
     assert collate([made]) == made
@@ -496,7 +518,7 @@ def test_the_collator_packs_samples_and_lets_a_finished_pack_pass():
 
 @pytest.mark.core
 def test_the_collator_follows_the_seed_of_torch():
-    plan, collate = SamplePlan((vae(1, 1, loss=True),)), PackCollator(RULES)
+    plan, collate = SamplePlan((vae(1, 1, loss=True),)), PackCollator(CONFIG)
 
     def timestep(seed: int) -> float:
         torch.manual_seed(seed)
@@ -512,11 +534,11 @@ def test_the_collator_follows_the_seed_of_torch():
 @pytest.mark.core
 def test_a_sample_without_tokens_is_refused_by_name():
     with pytest.raises(ValueError, match="row 7 has no tokens: its plan is empty"):
-        draw_sample(SamplePlan((), "row 7"), RULES, NO_DRAWS)
+        randomize(SamplePlan((), "row 7"), CONFIG, NO_NUMBERS)
     with pytest.raises(ValueError, match="row 8 has no tokens: all of its items were dropped"):
-        draw_sample(SamplePlan((text(7, enable_cfg=True),), "row 8"), RULES, draws(0.0))
+        randomize(SamplePlan((text(7, enable_cfg=True),), "row 8"), CONFIG, random_numbers(0.0))
     with pytest.raises(ValueError, match="at least one sample"):
-        pack([], RULES)
+        pack([], CONFIG)
 
 
 @pytest.mark.core
@@ -524,7 +546,7 @@ def test_an_unknown_item_type_is_refused():
     with pytest.raises(ValueError, match="Unknown item type 'audio'"):
         SequenceItem("audio")
     with pytest.raises(ValueError, match="Unknown item type 'video' in row 3"):
-        RULES.released_plan([{"type": "video"}], [], [], "row 3")
+        CONFIG.released_plan([{"type": "video"}], [], [], "row 3")
 
 
 @pytest.mark.core
@@ -537,23 +559,23 @@ def test_an_unknown_item_type_is_refused():
 )
 def test_a_picture_larger_than_its_position_table_is_refused(item, message: str):
     with pytest.raises(ValueError, match=message):
-        draw_sample(SamplePlan((item(),), "row 1"), RULES, draws())
-    interpolating = PackingRules.of(RULES, interpolate_pos=True)
-    assert pack_samples([SamplePlan((item(),))], interpolating, draws())["sequence_length"] > 0
+        randomize(SamplePlan((item(),), "row 1"), CONFIG, random_numbers())
+    interpolating = replace(CONFIG, interpolate_pos=True)
+    assert pack_samples([SamplePlan((item(),))], interpolating, random_numbers())["sequence_length"] > 0
 
 
 @pytest.mark.core
 def test_a_pack_over_its_budget_is_refused_with_its_samples():
     plans = [SamplePlan((text(7),), "short"), SamplePlan((text(7, 8, 9),), "long")]
-    assert pack_samples(plans, RULES, NO_DRAWS, max_num_tokens=8)["sequence_length"] == 8
+    assert pack_samples(plans, CONFIG, NO_NUMBERS, max_num_tokens=8)["sequence_length"] == 8
     with pytest.raises(
         ValueError, match=r"8 tokens, more than max_num_tokens=7; its samples have \[3, 5\] \(short, long"
     ):
-        pack_samples(plans, RULES, NO_DRAWS, max_num_tokens=7)
+        pack_samples(plans, CONFIG, NO_NUMBERS, max_num_tokens=7)
     with pytest.raises(ValueError, match="more than pad_to=7"):
-        pack_samples(plans, RULES, NO_DRAWS, pad_to=7)
+        pack_samples(plans, CONFIG, NO_NUMBERS, pad_to=7)
     with pytest.raises(ValueError, match="use one of them"):
-        pack_samples(plans, RULES, NO_DRAWS, pad_to=9, nested_masks=True)
+        pack_samples(plans, CONFIG, NO_NUMBERS, pad_to=9, nested_masks=True)
 
 
 @pytest.mark.core
@@ -567,7 +589,7 @@ def test_a_pack_over_its_budget_is_refused_with_its_samples():
 )
 def test_a_clip_without_start_or_end_is_refused(items, message: str):
     with pytest.raises(ValueError, match=message):
-        draw_sample(SamplePlan(items()), RULES, draws())
+        randomize(SamplePlan(items()), CONFIG, random_numbers())
 
 
 @pytest.mark.core
@@ -581,13 +603,13 @@ def test_items_that_contradict_themselves_are_refused():
     with pytest.raises(ValueError, match="30x32 pixels is not divisible by 4"):
         SequenceItem.vae_image(torch.zeros(3, 30, 32), 4)
     with pytest.raises(ValueError, match="has no content"):
-        pack_samples([SamplePlan((SequenceItem("vit_image", grid=(1, 1)),))], RULES, NO_DRAWS)
+        pack_samples([SamplePlan((SequenceItem("vit_image", grid=(1, 1)),))], CONFIG, NO_NUMBERS)
 
 
 @pytest.mark.core
 def test_a_released_plan_without_its_contents_is_refused():
     entry = {"type": "text", "enable_cfg": 0, "loss": 1, "special_token_loss": 1, "special_token_label": None}
     with pytest.raises(ValueError, match="special_token_loss=1 but no special_token_label"):
-        RULES.released_plan([entry], [[7]], [])
+        CONFIG.released_plan([entry], [[7]], [])
     with pytest.raises(ValueError, match="more text items than it has contents"):
-        RULES.released_plan([entry | {"special_token_label": EOS}], [], [])
+        CONFIG.released_plan([entry | {"special_token_label": EOS}], [], [])

@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ from bagel.generation_bagel import DrawingOptions
 from bagel.layout_bagel import ImagePlaces, PackedLayout
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
 from bagel.modeling_siglip_navit import SiglipVisionModel
-from bagel.packing_bagel import PackingRules, SamplePlan, SequenceItem, pack_samples
+from bagel.packing_bagel import PackingConfig, SamplePlan, SequenceItem, pack_samples
 from bagel.positions_bagel import (
     Gemma4PartialRotaryEmbedding,
     LlamaVisionRotaryEmbedding,
@@ -147,7 +148,7 @@ def plan_of(segments: Sequence[tuple], row: Row, learned: tuple[int, int] | None
 def pack_of(model, setting: dict, learned: tuple[int, int] | None = None) -> dict:
     """All conversations as one pack, pictures encoded without chance."""
     plans = [plan_of(*both, learned) for both in zip(conversations(setting), rows_of(setting))]
-    pack = pack_samples(plans, PackingRules.of(model.config), np.random.default_rng(0))
+    pack = pack_samples(plans, PackingConfig.of_model(model.config), np.random.default_rng(0))
     grids = pack["patchified_vae_latent_shapes"]
     stride, patch = model.config.latent_downsample, model.config.latent_patch_size
     images = [x[:, : h * stride, : w * stride] for x, (h, w) in zip(pack.pop("padded_images"), grids)]
@@ -467,7 +468,7 @@ def test_packs_have_three_positions_that_follow_the_same_rule():
 
 
 def test_learned_dropped_and_moving_pictures_advance_by_their_grid():
-    rules = PackingRules.of(tiny_config(**text(**MROPE)), vit_cond_dropout_prob=1.0)
+    rules = replace(PackingConfig.of_model(tiny_config(**text(**MROPE))), vit_cond_dropout_prob=1.0)
     image = {"grid": (2, 3), "content": torch.zeros(3, 8, 12)}
     frames = [
         SequenceItem("vae_image", **image, frame_delta=1, split_end=False),
@@ -483,7 +484,7 @@ def test_learned_dropped_and_moving_pictures_advance_by_their_grid():
     pack = pack_samples([SamplePlan(tuple(items))], rules, np.random.default_rng(0))
     first = [0, 8, 16, 24, 32]
     assert pack["packed_position_ids"][first].tolist() == [[n] * 3 for n in (4, 4, 7, 8, 11)]
-    alone = pack_samples([SamplePlan(tuple(items))], PackingRules(vit_cond_dropout_prob=1.0), np.random.default_rng(0))
+    alone = pack_samples([SamplePlan(tuple(items))], PackingConfig(vit_cond_dropout_prob=1.0), np.random.default_rng(0))
     assert alone["packed_position_ids"][first].tolist() == [1, 1, 2, 3, 4]
 
 
@@ -766,9 +767,9 @@ def test_pictures_beyond_the_tables_are_an_error_only_without_interpolation(mode
         plain.get_image_features(**features)
     item = SequenceItem("vit_image", grid=(7, 10), content=features["pixel_values"])
     plan = SamplePlan((item, SequenceItem("text", text_ids=(9,), loss=True)))
-    pack_samples([plan], PackingRules.of(model.config), np.random.default_rng(0))
+    pack_samples([plan], PackingConfig.of_model(model.config), np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"7x10 tokens.*fit"):
-        pack_samples([plan], PackingRules.of(plain.config), np.random.default_rng(0))
+        pack_samples([plan], PackingConfig.of_model(plain.config), np.random.default_rng(0))
 
 
 def test_interleaved_reading_back_is_capped_only_by_tables_that_are_not_interpolated():

@@ -2,8 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts: what a conversation becomes, against the released contexts where they are at hand, and by equalities."""
 
+import ast
 import copy
 import json
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import jinja2
@@ -14,7 +19,10 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Qwen2TokenizerFast
 from transformers.processing_utils import TextKwargs
 
+from bagel.configuration_bagel import BagelConfig
 from bagel.image_processing_bagel import BagelImageProcessor
+from bagel.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.packing_bagel import MODEL_FACTS, PACKING_FACTS, PackingConfig
 from bagel.processing_bagel import ANSWER_SYSTEM_PROMPT, IMAGE_SYSTEM_PROMPT, BagelProcessor
 from bagel.shapes.tokenizer import SPECIAL_TOKENS, build_tiny_tokenizer
 
@@ -313,13 +321,13 @@ def test_raw_text_is_left_as_it_is(processor):
 
 
 def test_images_and_places_must_match(processor):
-    with pytest.raises(ValueError, match="places for 1 images, but 2 were given"):
+    with pytest.raises(ValueError, match="placeholders for 1 images, but 2 were given"):
         processor([picture(), picture()], IMAGE)
-    with pytest.raises(ValueError, match="places for 2 images, but 0 were given"):
+    with pytest.raises(ValueError, match="placeholders for 2 images, but 0 were given"):
         processor(text=IMAGE + text("and") + IMAGE)
-    with pytest.raises(ValueError, match=r"places for 0 images, but 1 were given.*image_pad"):
+    with pytest.raises(ValueError, match=r"placeholders for 0 images, but 1 were given.*image_pad"):
         processor(picture(), text("hi"))
-    with pytest.raises(ValueError, match="text 1 has places for 0 images, but 1"):
+    with pytest.raises(ValueError, match="text 1 has placeholders for 0 images, but 1"):
         processor([[picture()], [picture()]], [IMAGE, text("hi")])
     with pytest.raises(ValueError, match="2 texts but lists of images for 1"):
         processor([[picture()]], [IMAGE, text("hi")])
@@ -358,7 +366,7 @@ def test_truncation_may_cut_text_but_no_image(processor):
     assert torch.equal(kept, whole[:, : places + 2])
     for max_length in (places + 1, places, 3, 1):
         with pytest.raises(
-            ValueError, match=f"of {places} <.image_pad.> places .* {max_length} tokens; raise max_length"
+            ValueError, match=f"of {places} <.image_pad.> placeholders .* {max_length} tokens; raise max_length"
         ):
             processor(picture(), IMAGE + words, truncation=True, max_length=max_length)
 
@@ -482,3 +490,184 @@ def test_auto_processor_loads_it_as_remote_code(tmp_path, monkeypatch):
         assert inputs.keys() == expected.keys()
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
     assert AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True, patch_size=7).image_processor.patch_size == 7
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The facts of the model beside it
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_directory) -> Path:
+    """A folder with a processor, and the config of its model."""
+    load(tiny_directory).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((tiny_directory / "config.json").read_text())
+    return tmp_path
+
+
+def change(file: Path, **changes) -> None:
+    """Set keys of a JSON file; `None` deletes one."""
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+def load(folder: Path, **options) -> BagelProcessor:
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def test_facts_of_a_new_processor_are_the_released_ones(repo):
+    facts = PackingConfig()
+    made = BagelProcessor(BagelImageProcessor(), build_tiny_tokenizer()).packing_config
+    assert all(getattr(made, name) == getattr(facts, name) for name in PACKING_FACTS if not name.endswith("token_id"))
+    facts.check_model(BagelConfig.from_pretrained(repo))
+    stored = json.loads((repo / "processor_config.json").read_text())
+    assert stored["model_facts"] == {name: getattr(facts, name) for name in MODEL_FACTS}
+
+
+def test_facts_are_saved_and_loaded(saved):
+    assert load(saved).packing_config.max_latent_size == 16
+    processor = make_processor()
+    processor.model_facts = {"max_latent_size": 7, "interpolate_pos": "fit"}
+    processor.save_pretrained(saved / "alone")
+    loaded = load(saved / "alone")
+    assert vars(loaded.packing_config) == vars(processor.packing_config)
+    assert (loaded.packing_config.max_latent_size, loaded.packing_config.interpolate_pos) == (7, "fit")
+    with pytest.raises(ValueError, match="model_facts has no max_size; it has vit_max_num_patch_per_side"):
+        BagelProcessor(BagelImageProcessor(), build_tiny_tokenizer(), model_facts={"max_size": 3})
+
+
+def test_a_processor_that_contradicts_the_config_beside_it_is_refused_with_both_values(saved):
+    change(saved / "config.json", max_latent_size=12, vae_cond_dropout_prob=0.2, latent_token_id=7)
+    with pytest.raises(ValueError, match="latent_token_id is 398 for the processor, 7 for the model") as error:
+        load(saved)
+    assert "max_latent_size is 16 for the processor, 12 for the model" in str(error.value)
+    assert "vae_cond_dropout_prob is 0.3 for the processor, 0.2 for the model" in str(error.value)
+
+
+def test_a_config_in_released_words_is_compared_too(saved):
+    values = json.loads((saved / "config.json").read_text())
+    values |= {"llm_config": values.pop("text_config"), "vit_config": values.pop("vision_config")}
+    for name in ("max_latent_size", "interpolate_pos", "vit_patch_size", "stage"):
+        del values[name]
+    (saved / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="max_latent_size is 16 for the processor, 64 for the model"):
+        load(saved)
+    (saved / "config.json").write_text(json.dumps(values | {"max_latent_size": 16}))
+    load(saved)
+
+
+def test_facts_that_an_older_processor_lacks_are_those_of_the_config_beside_it(saved):
+    change(saved / "processor_config.json", model_facts=None)
+    change(saved / "config.json", max_latent_size=12)
+    assert load(saved).packing_config.max_latent_size == 12
+    change(saved / "processor_config.json", model_facts={"visual_und": True})
+    assert load(saved).packing_config.max_latent_size == 12
+    (saved / "config.json").unlink()
+    assert load(saved).packing_config.max_latent_size == 64
+
+
+def test_an_older_processor_of_a_model_with_three_positions_makes_them(saved):
+    text = json.loads((saved / "config.json").read_text())["text_config"]
+    text["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}
+    text["rope_parameters"]["mrope_section"][2] += text["hidden_size"] // text["num_attention_heads"] // 2 - 4
+    change(saved / "config.json", text_config=text)
+    with pytest.raises(ValueError, match="multimodal_positions is False for the processor, True for the model"):
+        load(saved)
+    change(saved / "processor_config.json", model_facts=None)
+    assert load(saved).packing_config.multimodal_positions
+
+
+def test_arguments_count_whatever_the_config_says(saved):
+    loaded = load(saved, return_position_ids=True, patch_size=7)
+    assert loaded.packing_config.multimodal_positions and loaded.packing_config.vit_patch_size == 7
+    with pytest.raises(ValueError, match="vit_patch_size is 7 for the processor, 14 for the model"):
+        loaded.check_model(BagelConfig.from_pretrained(saved))
+
+
+def test_a_processor_follows_a_model_that_was_loaded_with_other_settings(saved):
+    processor, config = load(saved), BagelConfig.from_pretrained(saved, stage=1, max_latent_size=12)
+    with pytest.raises(ValueError, match="visual_gen is True for the processor, False for the model"):
+        processor.check_model(config)
+    processor.follow_model(config)
+    processor.check_model(config)
+    assert (processor.packing_config.visual_gen, processor.packing_config.max_latent_size) == (False, 12)
+    other = BagelConfig.from_pretrained(saved, bos_token_id=3)
+    with pytest.raises(ValueError, match="bos_token_id is 394 for the processor, 3 for the model"):
+        processor.follow_model(other)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Packs, from a folder that was saved
+
+
+FROM_A_FOLDER = """
+import sys
+
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+
+def row(colour):
+    asked, drawn = [{"type": "text", "text": colour}], [{"type": "image"}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": drawn}]
+    return {"messages": messages, "images": [Image.new("RGB", (128, 128), colour)]}
+
+
+def main():
+    rows = [row(colour) for colour in ("red", "green", "blue", "white")]
+    processor = AutoProcessor.from_pretrained("model", trust_remote_code=True)
+    model = AutoModel.from_pretrained("model", trust_remote_code=True)
+    model(**processor.pack(rows)).loss.backward()
+    assert model.llm2vae.weight.grad.abs().sum() > 0
+    assert not {"bagel", "datasets", "torchdata"} & sys.modules.keys(), sorted(sys.modules)
+
+    from transformers import Trainer, TrainingArguments
+
+    settings = TrainingArguments(
+        "out",
+        max_steps=1,
+        per_device_train_batch_size=2,
+        remove_unused_columns=False,
+        dataloader_num_workers=2,
+        dataloader_multiprocessing_context="spawn",
+        report_to="none",
+        use_cpu=True,
+    )
+    before = model.llm2vae.weight.detach().clone()
+    Trainer(model, settings, train_dataset=rows, data_collator=processor.collator(max_num_tokens=400)).train()
+    assert not torch.equal(model.llm2vae.weight, before)
+    print("trained")
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_saved_folder_alone_packs_and_trains_with_spawned_workers(tmp_path, tiny_directory):
+    BagelForUnifiedMultimodal.from_pretrained(tiny_directory).save_pretrained(tmp_path / "model")
+    load(tiny_directory).save_pretrained(tmp_path / "model")
+    (tmp_path / "script.py").write_text(FROM_A_FOLDER)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "script.py"]  # nothing of this checkout is on its path
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "trained"
+
+
+def test_a_collator_of_remote_code_can_be_pickled(processor, tiny_directory):
+    remote = load(tiny_directory)
+    row = {"messages": [{"role": "assistant", "content": "hi"}]}
+    copied = pickle.loads(pickle.dumps(remote.collator()))
+    assert copied([row])["sequence_length"] == remote.pack([row])["sequence_length"]
+
+
+def test_what_a_model_ships_imports_only_what_requirements_name(repo):
+    allowed = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "diffusers", "accelerate"}
+    allowed |= set(sys.stdlib_module_names)
+    for name in ("conversations_bagel", "packing_bagel", "processing_bagel", "image_processing_bagel"):
+        for node in ast.walk(ast.parse((repo / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.partition(".")[0] for alias in node.names} <= allowed
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert node.module.partition(".")[0] in allowed, (name, node.module)

@@ -19,11 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
-from bagel.packing_bagel import PackingRules
 from bagel.training import trainer as trainer_module
 from bagel.training.arguments import BagelTrainingArguments
 from bagel.training.checkpoints import last_complete_checkpoint, why_incomplete
-from bagel.training.data import ConversationCollator, DataSource, PackedDataset
+from bagel.training.data import DataSource, PackedDataset
 from bagel.training.latent_cache import LatentCache, picture_key
 from bagel.training.metering import Meter, matrices, pack_flops
 from bagel.training.pictures import contact_sheet, plot_losses, track_picture
@@ -274,11 +273,11 @@ def tiny_checkpoint() -> Path:
 def trainer_of_rows(folder: Path, eval_rows: int = 0, **settings) -> BagelTrainer:
     processor = AutoProcessor.from_pretrained(tiny_checkpoint(), trust_remote_code=True)
     model = BagelForUnifiedMultimodal.from_pretrained(tiny_checkpoint())
-    rules, budget = PackingRules.of(model.config), {"max_num_tokens": 320}
+    budget = {"max_num_tokens": 320}
     args = arguments(folder, **{"max_steps": 2, "learning_rate": 1e-3} | settings)
     place = {"rank": args.process_index, "world_size": args.world_size}
-    data = PackedDataset(DataSource("rows", Rows(20)), processor, rules, epochs=None, **budget, **place)
-    held_out = PackedDataset(DataSource("held out", Rows(eval_rows)), processor, rules, **budget) if eval_rows else None
+    data = PackedDataset(DataSource("rows", Rows(20)), processor, epochs=None, **budget, **place)
+    held_out = PackedDataset(DataSource("held out", Rows(eval_rows)), processor, **budget) if eval_rows else None
     return BagelTrainer(model, args, train_dataset=data, eval_dataset=held_out, processing_class=processor)
 
 
@@ -351,7 +350,7 @@ def test_a_full_latent_cache_keeps_what_it_has_and_encodes_the_rest():
 
 def test_rows_with_a_collator_train_too(tmp_path):
     trainer = trainer_of_rows(tmp_path)
-    collator = ConversationCollator(trainer.processing_class, PackingRules.of(trainer.model.config))
+    collator = trainer.processing_class.collator()
     args = arguments(tmp_path, max_steps=2, per_device_train_batch_size=3, save_strategy="steps", save_steps=2)
     rows = [Rows(20)[index] for index in range(21)]
     trainer = BagelTrainer(trainer.model, args, train_dataset=rows, eval_dataset=rows[:4], data_collator=collator)
@@ -363,6 +362,15 @@ def test_rows_with_a_collator_train_too(tmp_path):
     trainer.args.max_steps = 3
     trainer.train(True)
     assert trainer.state.global_step == 3 and trainer._resume == tmp_path / "checkpoint-2"
+
+
+def test_a_processor_of_another_model_is_refused_with_both_values(tmp_path):
+    trainer = trainer_of_rows(tmp_path)
+    trainer.model.config.max_latent_size = 8
+    with pytest.raises(ValueError, match="max_latent_size is 16 for the processor, 8 for the model"):
+        BagelTrainer(trainer.model, trainer.args, processing_class=trainer.processing_class)
+    trainer.processing_class.follow_model(trainer.model.config)
+    BagelTrainer(trainer.model, trainer.args, processing_class=trainer.processing_class)
 
 
 def test_a_finite_dataset_and_one_of_another_rank_are_refused(tmp_path):

@@ -4,7 +4,6 @@
 
 from .arguments import BagelTrainingArguments
 from .data import (
-    ConversationCollator,
     DataSource,
     PackedDataset,
     StreamedFiles,
@@ -18,7 +17,6 @@ from .trainer import BagelTrainer
 __all__ = [
     "BagelTrainer",
     "BagelTrainingArguments",
-    "ConversationCollator",
     "DataSource",
     "PackedDataset",
     "StreamedFiles",

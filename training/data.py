@@ -23,7 +23,7 @@ import torch
 from transformers.utils import logging
 
 from ..conversations_bagel import ConversationPlanner, Outline
-from ..packing_bagel import DrawnSample, Draws, PackCollator, PackingRules, draw_sample, draws_of_torch, pack
+from ..packing_bagel import PackingConfig, RandomizedSample, pack, randomize
 
 
 logger = logging.get_logger(__name__)
@@ -43,7 +43,7 @@ class DataSource:
         rows: conversations, or what `convert` turns into them: a list, a `datasets.Dataset`, a streaming
             `datasets.IterableDataset` (without a shuffle of its own: its buffer could not be resumed), or what the
             readers below make. Images in `datasets` columns are not decoded before they are packed.
-        convert: `f(row, draws)` that returns a conversation; `draws` is a seeded `numpy.random.Generator`.
+        convert: `f(row, rng)` that returns a conversation; `rng` is a seeded `numpy.random.Generator`.
         weight: how often the mixture takes a row here, relative to the others.
         shuffle: another order in every pass: of all rows, or for streams of the files and within `shuffle_window`.
         shuffle_window: rows that a stream reads at once to shuffle them.
@@ -69,10 +69,10 @@ class DataSource:
         if self.shuffle_window < 1:
             raise ValueError(f"Source {self.name!r} has shuffle_window={self.shuffle_window}; it holds at least 1 row.")
 
-    def planner(self, processor: Any, rules: PackingRules) -> ConversationPlanner:
+    def planner(self, processor: Any, config: PackingConfig) -> ConversationPlanner:
         return ConversationPlanner(
             processor,
-            rules,
+            config,
             decisions=self.decisions,
             share_max_pixels=self.share_max_pixels,
             image_settings=self.image_settings,
@@ -122,7 +122,7 @@ class StreamedFiles:
 def t2i_parquet(files: str | os.PathLike | Sequence, name: str = "t2i", **settings) -> DataSource:
     """
     The released text-to-image format: `image` (bytes of an image file) and `captions` (a JSON object of captions, one
-    of which is drawn every time).
+    of which is picked every time).
 
     Args:
         files: parquet files, folders or patterns. settings: fields of [`DataSource`].
@@ -134,7 +134,7 @@ def t2i_parquet(files: str | os.PathLike | Sequence, name: str = "t2i", **settin
 def editing_parquet(files: str | os.PathLike | Sequence, name: str = "editing", **settings) -> DataSource:
     """
     The released editing format: `image_list` (bytes, each an edit of the one before) and `instruction_list` (for every
-    edit, wordings of it). As released, one to two edits in a row are drawn from the list every time.
+    edit, wordings of it). As released, one to two edits in a row are picked from the list every time.
     """
     rows = StreamedFiles.find("parquet", files, ".parquet")
     return DataSource(name, rows, **{"convert": editing_conversation} | settings)
@@ -153,29 +153,29 @@ def vlm_jsonl(
     return DataSource(name, rows, **defaults | settings)
 
 
-def t2i_conversation(row: dict, draws: np.random.Generator) -> dict:
+def t2i_conversation(row: dict, rng: np.random.Generator) -> dict:
     """A released text-to-image row as a conversation."""
     captions = row["captions"]
     captions = json.loads(captions) if isinstance(captions, str | bytes) else captions
     captions = list(captions.values()) if isinstance(captions, Mapping) else list(captions)
-    caption = captions[draws.integers(len(captions))] if captions else " "
+    caption = captions[rng.integers(len(captions))] if captions else " "
     return _conversation(row, [row["image"]], [("user", caption), ("assistant", None)])
 
 
-def editing_conversation(row: dict, draws: np.random.Generator) -> dict:
+def editing_conversation(row: dict, rng: np.random.Generator) -> dict:
     """A released editing row as a conversation: a start, one or two edits, or two edits asked for at once."""
     images, instructions = row["image_list"], row["instruction_list"]
     if len(images) < 2 or len(instructions) < len(images) - 1:
         raise ValueError(f"{len(images)} images with {len(instructions)} instructions hold no edit.")
-    first = int(draws.integers(len(images) - 1))
-    last = int(draws.integers(first + 1, min(first + 3, len(images))))
-    at_once = last - first > 1 and draws.random() < 0.5
+    first = int(rng.integers(len(images) - 1))
+    last = int(rng.integers(first + 1, min(first + 3, len(images))))
+    at_once = last - first > 1 and rng.random() < 0.5
     if at_once and last == len(images) - 1:
         last -= 1  # as released
 
     def wording(edit: int) -> str:
         choices = instructions[edit - 1]
-        return choices if isinstance(choices, str) else choices[draws.integers(len(choices))]
+        return choices if isinstance(choices, str) else choices[rng.integers(len(choices))]
 
     spans = [("user", None)]
     if at_once:
@@ -186,7 +186,7 @@ def editing_conversation(row: dict, draws: np.random.Generator) -> dict:
     return _conversation(row, images[first : last + 1], spans)
 
 
-def vlm_conversation(row: dict, draws: np.random.Generator) -> dict:
+def vlm_conversation(row: dict, rng: np.random.Generator) -> dict:
     """A released understanding row, or the JSON line it is stored as, as a conversation."""
     row = json.loads(row["text"]) if "conversations" not in row else row
     if "video" in row:
@@ -227,7 +227,7 @@ def _datasets():
 # Reading rows so that it can be resumed
 
 
-def _draws(purpose: int, *seeds: int) -> np.random.Generator:
+def _rng(purpose: int, *seeds: int) -> np.random.Generator:
     """A generator of its own for every purpose and list of seeds (numpy pads lists with zeros, purposes are not 0)."""
     return np.random.default_rng([purpose, len(seeds), *seeds])
 
@@ -249,7 +249,7 @@ class SequenceReader:
             self.rows = self.rows.with_format("arrow")
         order = np.arange(len(self.rows))
         if source.shuffle:
-            order = _draws(ROW_ORDER, *seeds, number).permutation(len(self.rows))
+            order = _rng(ROW_ORDER, *seeds, number).permutation(len(self.rows))
         self.order = order[rank::world_size]
         self.position = 0 if state is None else state["position"]
 
@@ -279,7 +279,7 @@ class StreamReader:
         self.seeds, self.rank = [*seeds, number, rank], rank
         self.window = source.shuffle_window if source.shuffle else 1
         files = isinstance(source.rows, StreamedFiles)
-        order = _draws(FILE_ORDER, *seeds, number) if source.shuffle else None
+        order = _rng(FILE_ORDER, *seeds, number) if source.shuffle else None
         dataset = source.rows.open(order) if files else source.rows
         if dataset.features is not None:
             dataset = dataset.decode(False)
@@ -317,7 +317,7 @@ class StreamReader:
         batches = zip(range(self.window * self.step), self.stream)
         kept = (batch for number, batch in batches if number % self.step == self.offset)
         rows = [{name: column[0] for name, column in batch.items()} for batch in kept]
-        order = _draws(ROW_ORDER, *self.seeds, self.first).permutation(len(rows))
+        order = _rng(ROW_ORDER, *self.seeds, self.first).permutation(len(rows))
         self.rows, self.place = [(int(index), rows[index]) for index in order], 0
 
     def state_dict(self) -> dict:
@@ -336,7 +336,7 @@ class Row(NamedTuple):
 
 class Mixture:
     """
-    Rows of several sources. Which source comes next is drawn by weight among those that have rows left; every source
+    Rows of several sources. Which source comes next is picked by weight among those that have rows left; every source
     is passed `epochs` times (`None` = without end), and in each pass each of its rows comes once. A source that has no
     rows for this rank is left out; without any rows at all the mixture is an error.
     """
@@ -356,7 +356,7 @@ class Mixture:
         return self
 
     def __next__(self) -> Row:
-        draws = _draws(NEXT_SOURCE, self.seed, self.rank, self.ordinal)
+        rng = _rng(NEXT_SOURCE, self.seed, self.rank, self.ordinal)
         while True:
             weights = [0.0 if self._is_done(i) else source.weight for i, source in enumerate(self.sources)]
             if all(self.empty):
@@ -365,7 +365,7 @@ class Mixture:
             if not any(weights):
                 raise StopIteration
             borders = np.cumsum(weights)
-            index = int(np.searchsorted(borders, draws.random() * borders[-1], side="right"))
+            index = int(np.searchsorted(borders, rng.random() * borders[-1], side="right"))
             read = self._read(index)
             if read is not None:
                 key, content = read
@@ -434,7 +434,7 @@ class Waiting(NamedTuple):
     ordinal: int
     source: int
     outline: Outline
-    drawn: DrawnSample
+    sample: RandomizedSample
     num_tokens: int
 
 
@@ -484,7 +484,7 @@ class Budget:
         if self.look_ahead < 1:
             raise ValueError(f"look_ahead={self.look_ahead} must be at least 1.")
 
-    def check(self, sample: DrawnSample) -> None:
+    def check(self, sample: RandomizedSample) -> None:
         if sample.num_tokens > self.max_num_tokens_per_sample:
             raise ValueError(
                 f"it has {sample.num_tokens} tokens, more than max_num_tokens_per_sample="
@@ -636,12 +636,12 @@ class PackedDataset(torch.utils.data.IterableDataset):
     `state_dict` and `load_state_dict` continue where the last yielded pack ended, exactly; with
     `torchdata.stateful_dataloader.StatefulDataLoader` (and the same number of workers) also under prefetching.
 
-        data = PackedDataset([t2i_parquet("t2i/"), DataSource("mine", rows)], processor, PackingRules.of(model.config))
+        data = PackedDataset([t2i_parquet("t2i/"), DataSource("mine", rows)], processor)
         for pack in StatefulDataLoader(data, batch_size=None, num_workers=4):
             model(**pack).loss.backward()
 
     Args:
-        sources: a [`DataSource`] or several. processor: a `BagelProcessor`. rules: `PackingRules.of(model.config)`.
+        sources: a [`DataSource`] or several. processor: a `BagelProcessor`.
         expected_num_tokens, max_num_tokens, max_num_tokens_per_sample, look_ahead: see [`Budget`].
         seed (`int`): of order, mixture, dropout and timesteps.
         epochs (`int`, *optional*, defaults to 1): passes over each source in one iteration; `None` = without end.
@@ -649,13 +649,14 @@ class PackedDataset(torch.utils.data.IterableDataset):
         report (`bool`): add `"report": {"sample_ids": [...], "skipped": [[id, reason], ...]}` to every pack. `forward`
             does not take it: pop it first.
         pack_options: keywords of [`packing_bagel.pack`], e.g. `{"pad_to": 36864}`.
+        facts: fields of [`packing_bagel.PackingConfig`] that replace those of the processor, e.g.
+            `text_cond_dropout_prob=0.0`.
     """
 
     def __init__(
         self,
         sources: DataSource | Sequence[DataSource],
         processor: Any,
-        rules: PackingRules,
         *,
         expected_num_tokens: int | None = None,
         max_num_tokens: int = 36864,
@@ -667,6 +668,7 @@ class PackedDataset(torch.utils.data.IterableDataset):
         world_size: int | None = None,
         report: bool = False,
         pack_options: Mapping[str, Any] | None = None,
+        **facts,
     ):
         self.sources = [sources] if isinstance(sources, DataSource) else list(sources)
         names = [source.name for source in self.sources]
@@ -677,8 +679,9 @@ class PackedDataset(torch.utils.data.IterableDataset):
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs={epochs} must be at least 1, or None for an endless stream.")
         self.rank, self.world_size = _place_in_world(rank, world_size)
-        self.planners = [source.planner(processor, rules) for source in self.sources]
-        self.rules, self.seed, self.epochs, self.report = rules, seed, epochs, report
+        self.config = processor.packing_config.changed(**facts)
+        self.planners = [source.planner(processor, self.config) for source in self.sources]
+        self.seed, self.epochs, self.report = seed, epochs, report
         self.budget = Budget(max_num_tokens, expected_num_tokens, max_num_tokens_per_sample, look_ahead)
         self.pack_options = {"max_num_tokens": max_num_tokens, **(pack_options or {})}
         self._epoch = torch.tensor(0).share_memory_()  # seen by workers that live on from epoch to epoch
@@ -749,35 +752,35 @@ class PackedDataset(torch.utils.data.IterableDataset):
         }
 
     def _outline(self, row: Row) -> Waiting:
-        """Convert, plan and draw a row, all from its own seeds."""
+        """Convert, plan and randomize a row, all from its own seeds."""
         source, planner = self.sources[row.source], self.planners[row.source]
-        draws = _draws(SAMPLE, self.seed, row.source, row.pass_number, *row.key)
+        rng = _rng(SAMPLE, self.seed, row.source, row.pass_number, *row.key)
         name = sample_name(source, row, row.content)
         try:
-            content = row.content if source.convert is None else source.convert(row.content, draws)
+            content = row.content if source.convert is None else source.convert(row.content, rng)
             name = sample_name(source, row, content)
             outline = planner.outline(content, name)
-            drawn = draw_sample(outline.plan, self.rules, draws)
-            self.budget.check(drawn)
+            sample = randomize(outline.plan, self.config, rng)
+            self.budget.check(sample)
         except Exception as error:
             raise UnusableSample(name, error) from error
-        return Waiting(row.ordinal, row.source, outline, drawn, drawn.num_tokens)
+        return Waiting(row.ordinal, row.source, outline, sample, sample.num_tokens)
 
-    def _load(self, planned: PlannedPack) -> tuple[list[DrawnSample], list[Skipped]]:
+    def _load(self, planned: PlannedPack) -> tuple[list[RandomizedSample], list[Skipped]]:
         """The samples of a pack with their pictures, and those whose pictures are damaged."""
         samples, broken = [], []
         for waiting in planned.samples:
             try:
-                samples.append(self.planners[waiting.source].load(waiting.outline, waiting.drawn))
+                samples.append(self.planners[waiting.source].load(waiting.outline, waiting.sample))
             except Exception as error:
-                broken.append(UnusableSample(waiting.drawn.name, error).record)
+                broken.append(UnusableSample(waiting.sample.name, error).record)
         self._packs.num_skipped += len(broken)
         for name, reason in [*planned.skipped, *broken]:
             logger.warning(f"skipped sample {name}: {reason} ({self._packs.num_skipped} skipped so far)")
         return samples, broken
 
-    def _pack(self, samples: list[DrawnSample], skipped: list[Skipped]) -> dict[str, Any]:
-        made = pack(samples, self.rules, **self.pack_options)
+    def _pack(self, samples: list[RandomizedSample], skipped: list[Skipped]) -> dict[str, Any]:
+        made = pack(samples, self.config, **self.pack_options)
         if self.report:
             names = [sample.name for sample in samples]
             made["report"] = {"sample_ids": names, "skipped": [list(one) for one in skipped]}
@@ -794,63 +797,3 @@ def _place_in_world(rank: int | None, world_size: int | None) -> tuple[int, int]
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} is none of the {world_size} ranks 0 to {world_size - 1}.")
     return rank, world_size
-
-
-class ConversationCollator:
-    """
-    `data_collator` for a dataset whose rows are conversations: a list of rows becomes one pack.
-
-    For small data and the stock `Trainer`: as many conversations as the batch size go into a pack, whatever their
-    length. Rows that cannot be used are skipped and counted. Randomness follows torch's global generator; use
-    [`PackedDataset`] for packs that are full and do not depend on the number of workers.
-
-    Args:
-        processor: a `BagelProcessor`. rules: `PackingRules.of(model.config)`.
-        draws: where dropout and timesteps come from.
-        max_num_tokens: a row that does not fit any more is skipped.
-        planner_options: keywords of [`ConversationPlanner`]. pack_options: of [`packing_bagel.pack`].
-        report: add what [`PackedDataset`] adds with this option.
-    """
-
-    def __init__(
-        self,
-        processor: Any,
-        rules: PackingRules,
-        draws: Draws | None = None,
-        max_num_tokens: int | None = None,
-        planner_options: Mapping[str, Any] | None = None,
-        pack_options: Mapping[str, Any] | None = None,
-        report: bool = False,
-    ):
-        self.planner = ConversationPlanner(processor, rules, **(planner_options or {}))
-        self.rules, self.draws, self.max_num_tokens = rules, draws, max_num_tokens
-        self.pack = PackCollator(rules, draws, **(pack_options or {}))
-        self.num_skipped, self.report = 0, report
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """
-        Raises:
-            ValueError: none of the rows can be used.
-        """
-        draws, samples, length, skipped = self.draws or draws_of_torch(), [], 0, []
-        for number, row in enumerate(rows):
-            name = f"row {row['id']}" if row.get("id") is not None else f"row {number} of the batch"
-            try:
-                outline = self.planner.outline(row, name)
-                drawn = draw_sample(outline.plan, self.rules, draws)
-                if self.max_num_tokens is not None and length + drawn.num_tokens > self.max_num_tokens:
-                    raise ValueError(
-                        f"its {drawn.num_tokens} tokens do not fit max_num_tokens={self.max_num_tokens} beside {length}"
-                    )
-                samples.append(self.planner.load(outline, drawn))
-                length += drawn.num_tokens
-            except Exception as error:
-                self.num_skipped += 1
-                skipped.append([name, f"{type(error).__name__}: {error}"])
-                logger.warning(f"skipped {': '.join(skipped[-1])} ({self.num_skipped} skipped so far)")
-        if not samples:
-            raise ValueError(f"None of {len(rows)} rows could be used. {'; '.join(map(': '.join, skipped))}")
-        made = self.pack(samples)
-        if self.report:
-            made["report"] = {"sample_ids": [sample.name for sample in samples], "skipped": skipped}
-        return made

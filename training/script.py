@@ -27,7 +27,6 @@ from transformers.utils import logging
 
 from ..lora_bagel import lora_targets
 from ..modeling_bagel import BagelForUnifiedMultimodal
-from ..packing_bagel import PackingRules
 from ..processing_bagel import BagelProcessor
 from . import data
 from .arguments import BagelTrainingArguments
@@ -304,7 +303,9 @@ def load(args: ModelArguments) -> tuple[Any, Any]:
     model = BagelForUnifiedMultimodal.from_pretrained(args.model_name_or_path, dtype=dtype, **settings)
     if args.timestep_shift is not None:
         model.config.timestep_shift = args.timestep_shift
-    return model, BagelProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    processor = BagelProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    processor.follow_model(model.config)  # `stage` decides what the model can see and draw
+    return model, processor
 
 
 def with_adapters(model: Any, args: LoraArguments, training_args: Any, quantization: str | None) -> Any:
@@ -352,12 +353,15 @@ def packed(
         epochs: passes over each source; `None` = endless.
         dropout: `False` drops no condition.
         rank: whose packs; by default this process's.
+
+    Raises:
+        ValueError: the processor is that of another model, or a source is wrong.
     """
+    processor.check_model(config)
     dropouts = {name: getattr(args, name) if dropout else 0.0 for name in DROPOUTS}
     return data.PackedDataset(
         [source(entry) for entry in sources],
         processor,
-        PackingRules.of(config, **{name: value for name, value in dropouts.items() if value is not None}),
         expected_num_tokens=args.expected_num_tokens,
         max_num_tokens=args.max_num_tokens,
         max_num_tokens_per_sample=args.max_num_tokens_per_sample,
@@ -367,6 +371,7 @@ def packed(
         rank=training_args.process_index if rank is None else rank,
         world_size=training_args.world_size,
         report=True,
+        **{name: value for name, value in dropouts.items() if value is not None},
     )
 
 
@@ -404,7 +409,7 @@ def conversations(files: str | list[str], name: str = "conversations", **setting
     return data.DataSource(name, data.StreamedFiles.find("text", files, ".jsonl"), _conversation_of_line, **settings)
 
 
-def _conversation_of_line(row: dict, draws: Any) -> dict:
+def _conversation_of_line(row: dict, rng: Any) -> dict:
     return json.loads(row["text"])
 
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from .arguments import BagelTrainingArguments
 from .checkpoints import STAGING, publish, resolve_checkpoint
-from .data import ConversationCollator, PackedDataset
+from .data import PackedDataset
 from .ema import AveragedWeights
 from .freezing import freeze, set_loss
 from .latent_cache import LatentCache
@@ -42,14 +42,15 @@ SAMPLES_FOLDER = "samples"
 
 class BagelTrainer(Trainer):
     """
-    Trains `BagelForUnifiedMultimodal` on a [`PackedDataset`], or on rows with a [`ConversationCollator`].
+    Trains `BagelForUnifiedMultimodal` on a [`PackedDataset`], or on rows with `processor.collator()`.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, ...: as in `transformers.Trainer`; `args` are
             [`BagelTrainingArguments`]. A `PackedDataset` must be endless (`epochs=None`); training ends at `max_steps`.
 
     Raises:
-        ValueError: other arguments than [`BagelTrainingArguments`], several GPUs in one process, or nothing to train.
+        ValueError: `args` are not [`BagelTrainingArguments`], `processing_class` is the processor of another model,
+            there are several GPUs in one process, or nothing to train.
     """
 
     args: BagelTrainingArguments
@@ -64,6 +65,8 @@ class BagelTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process: a pack cannot be split. Start one process per GPU "
                 "(`accelerate launch`), or choose one with CUDA_VISIBLE_DEVICES."
             )
+        if hasattr(self.processing_class, "check_model"):
+            self.processing_class.check_model(self.model.config)
         set_loss(self.model.config, self.args)
         freeze(self.model, self.args)
         self.ema: AveragedWeights | None = None
@@ -82,8 +85,15 @@ class BagelTrainer(Trainer):
         if isinstance(self.train_dataset, PackedDataset):
             self.train_dataset.report = True
             self.args.ignore_data_skip = True  # resuming restores the loader's state instead of skipping packs
-        if isinstance(self.data_collator, ConversationCollator):
+        if self._collates_rows():
             self.data_collator.report = True
+
+    def _collates_rows(self) -> bool:
+        """
+        Whether `processor.collator()` makes the packs. It is told by an attribute: remote code gives every model folder
+        a class of its own, so `isinstance` would not find it.
+        """
+        return getattr(self.data_collator, "makes_packs", False)
 
     # ---- data
 
@@ -195,9 +205,7 @@ class BagelTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Loss, ce and mse over all packs, with equal noise and timesteps every time; training's rng stays as it is."""
-        if not isinstance(getattr(dataloader, "dataset", None), PackedDataset) and not isinstance(
-            self.data_collator, ConversationCollator
-        ):
+        if not isinstance(getattr(dataloader, "dataset", None), PackedDataset) and not self._collates_rows():
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )

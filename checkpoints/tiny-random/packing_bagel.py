@@ -1,0 +1,1 @@
+../../packing_bagel.py

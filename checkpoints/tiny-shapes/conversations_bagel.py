@@ -1,0 +1,1 @@
+../../conversations_bagel.py
