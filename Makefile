@@ -1,8 +1,8 @@
-# make demo   set everything up in .venv and see the model work
-# make test   set everything up and run the tests
-# make eval   measure the embedded model on tasks it has never seen (minutes)
-# make tiny-shapes  train the embedded model from nothing, as it was (hours)
-# make check  lint and format, as CI does
+# make demo         install into .venv and see the embedded model work
+# make test         install into .venv and run the tests
+# make eval         measure the embedded model on held-out tasks (minutes)
+# make tiny-shapes  train the embedded model from scratch, as it was trained (hours)
+# make check        lint and format, as CI does
 # make test-oldest  the core of the suite on the oldest supported transformers
 
 PYTHON ?= python3

@@ -1,41 +1,70 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The command `bagel` (and `python -m bagel`): which command is which module's `main`."""
+"""The command `bagel` (and `python -m bagel`): finds the module that does a command, and hands it the arguments.
 
+bagel COMMAND ...
+torchrun --standalone --nproc_per_node 2 -m bagel train --config configs/lora.yaml
+"""
+
+import difflib
 import importlib
 import sys
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command: the module of this package with its `main(arguments, prog) -> exit code`, and what it is for."""
+
+    module: str
+    purpose: str
 
 
 COMMANDS = {
-    # name: (module with a main(arguments) -> exit code, purpose, example)
-    "demo": ("demo", "draw a picture, ask about it, edit it; saves a sheet", "bagel demo"),
-    "adopt": ("conversion.commands", "make a released folder loadable, in place", "bagel adopt path/to/BAGEL-7B-MoT"),
-    "export": ("conversion.commands", "write the released layout", "bagel export outputs/my-model outputs/released"),
-    "build": ("conversion.commands", "a new model from parts", "bagel build my-bagel --text-model Qwen/Qwen2.5-0.5B"),
-    "train": ("training.script", "train or fine-tune", "bagel train --config configs/lora.yaml"),
-    "eval": ("evaluation.shapes", "measure a model of the shapes world", "bagel eval checkpoints/tiny-shapes"),
+    "demo": Command("demo", "draw an image, ask about it and edit it; save a sheet of all three"),
+    "adopt": Command("conversion.commands", "make a released folder loadable by transformers, in place"),
+    "export": Command("conversion.commands", "write a model as a released folder"),
+    "build": Command("conversion.commands", "write an untrained BAGEL made of pretrained parts"),
+    "train": Command("training.script", "train or fine-tune a model"),
+    "eval": Command("evaluation.shapes", "measure a model of the shapes world"),
 }
+EXIT_CODES = "exit codes: 0 = done, 1 = failed (the reason is on stderr), 2 = wrong arguments"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0: done. 1: it failed, with the reason on stderr. 2: wrong arguments."""
+    """
+    Run a command.
+
+    Args:
+        arguments: the command's name and its arguments; by default those of the process.
+
+    Returns:
+        The exit code. 0: done. 1: it failed, with the reason on stderr. 2: wrong arguments. (Where argparse ends the
+        process itself, it raises `SystemExit` with 0 after `--help` and 2 after wrong arguments.)
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if arguments else 2
-    name, *rest = arguments
-    if name not in COMMANDS:
-        print(f"bagel: error: there is no command {name!r}.\n\n{usage()}", file=sys.stderr)
+    if not arguments:
+        print(usage(), file=sys.stderr)
         return 2
-    module = importlib.import_module(f"{__package__}.{COMMANDS[name][0]}")
-    if module.__name__.endswith("conversion.commands"):
-        return module.main([name, *rest], prog="bagel")
-    return module.main(rest)
+    name, *rest = arguments
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1, cutoff=0.4)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        print(f"bagel: error: there is no command {name!r}.{guess} See `bagel --help`.", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"{__package__}.{COMMANDS[name].module}")
+    if COMMANDS[name].module == "conversion.commands":  # one parser with three subcommands
+        return module.main(arguments, prog="bagel")
+    return module.main(rest, prog=f"bagel {name}")
 
 
 def usage() -> str:
-    rows = [f"  {name:8}{purpose:56}{example}" for name, (_, purpose, example) in COMMANDS.items()]
-    return "\n".join(["usage: bagel COMMAND ...", "", *rows, "", "bagel COMMAND --help says what a command takes."])
+    """What `bagel --help` prints."""
+    rows = [f"  {name:8}{command.purpose}" for name, command in COMMANDS.items()]
+    more = "`bagel COMMAND --help` lists the arguments of a command, with an example."
+    return "\n".join(["usage: bagel COMMAND ...", "", *rows, "", more, EXIT_CODES])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""See it work: draws a picture from text, answers a question about one, edits one, and saves a sheet of all three.
+"""See it work: draws an image from text, answers a question about it, edits it, and saves a sheet of all three.
 
     bagel demo [--model DIR] [--image FILE] [--drawing TEXT] [--question TEXT] [--edit TEXT] [--output DIR]
+    python demo.py ...      the same in a folder from the Hub, where the package is not installed
 
-A script over the public API only: everything here is what a user would type.
+It uses the public API only: its functions are examples to copy from.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from transformers import AutoModel, AutoProcessor, logging
 
 REPOSITORY = Path(__file__).resolve().parent
 EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"
-# what the embedded model knows is shapes; without an image, the picture just drawn is asked about and edited
+EXAMPLE = 'bagel demo --drawing "draw a small blue star at the top" --edit "make the star red" --output outputs/demo'
+# The embedded model knows shapes only. `None`: it is asked about the image that it has just drawn, and edits that.
 SHAPES = {
     "drawing": "draw a large red circle at the left and a small blue star at the right on a white ground",
     "question": "describe the picture.",
@@ -36,7 +38,7 @@ ANYTHING = {
 
 
 def ask(model, processor, image: Image.Image, question: str, max_new_tokens: int = 32) -> str:
-    """The model's answer about a picture."""
+    """The model's answer to a question about an image."""
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     output = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
@@ -44,7 +46,7 @@ def ask(model, processor, image: Image.Image, question: str, max_new_tokens: int
 
 
 def draw(model, processor, prompt: str, image: Image.Image | None = None, seed: int = 0, **options) -> Image.Image:
-    """A picture from a text, or an edited picture."""
+    """Draw an image from a text, or edit one; `options` are arguments of `generate`."""
     content = [{"type": "text", "text": prompt}]
     if image is not None:
         content.insert(0, {"type": "image", "image": image})
@@ -60,7 +62,7 @@ def draw(model, processor, prompt: str, image: Image.Image | None = None, seed: 
 
 
 def contact_sheet(rows: list[tuple[str, Image.Image | None, Image.Image | str]], title: str) -> Image.Image:
-    """One row per task: what was asked, what went in, what came out."""
+    """One row per task: what was asked, the image given, the image or answer made."""
     cell, margin, head = 280, 24, 64
     width, height = 3 * cell + 4 * margin, head + len(rows) * (cell + margin) + margin
     sheet = Image.new("RGB", (width, height), "white")
@@ -81,26 +83,36 @@ def contact_sheet(rows: list[tuple[str, Image.Image | None, Image.Image | str]],
     return sheet
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=EMBEDDED)
-    parser.add_argument("--image", type=Path, help="to ask about and to edit; by default the picture just drawn")
+def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog, description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=EMBEDDED, help="folder or id; by default the embedded model")
+    parser.add_argument("--image", type=Path, help="to ask about and to edit; by default the image just drawn")
     parser.add_argument("--drawing", help="what to draw")
-    parser.add_argument("--question", help="what to ask about the picture")
+    parser.add_argument("--question", help="what to ask about the image")
     parser.add_argument("--edit", help="what to change in it")
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--num-timesteps", type=int, default=50, help="knots of the sampler (49 steps by default)")
-    arguments = parser.parse_args(arguments)
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of the sheet")
+    parser.add_argument("--num-timesteps", type=int, default=50, help="knots of the sampler (50, that is 49 steps)")
+    options = parser.parse_args(arguments)
+    if options.image is not None and not options.image.is_file():
+        parser.error(f"there is no {options.image}")
+    return options
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Exit code 0: done. Raises `SystemExit`: 2 after wrong arguments, 0 after `--help`."""
+    options = parse(arguments, prog)
     logging.set_verbosity_error()
-    defaults = SHAPES if arguments.model.resolve() == EMBEDDED else ANYTHING
-    chosen = {name: getattr(arguments, name) or default for name, default in defaults.items()}
-    steps = {"num_timesteps": arguments.num_timesteps}
+    defaults = SHAPES if options.model.resolve() == EMBEDDED else ANYTHING
+    chosen = {name: getattr(options, name) or default for name, default in defaults.items()}
+    steps = {"num_timesteps": options.num_timesteps}
 
     start = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"Loading {arguments.model} on {device}")
-    processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
-    model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True, dtype="auto").to(device).eval()
+    print(f"Loading {options.model} on {device}")
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype="auto").to(device).eval()
 
     print(f"\nDrawing: {chosen['drawing']}")
     drawing = draw(model, processor, chosen["drawing"], **steps)
@@ -116,15 +128,16 @@ def main(arguments: list[str] | None = None) -> int:
         (f"Ask\n\n{chosen['question']}", image, f"Answer\n\n{answer}"),
         (f"Edit\n\n{chosen['edit']}", image, edited),
     ]
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    file = arguments.output / "contact_sheet.png"
-    contact_sheet(rows, f"BAGEL: {arguments.model.name}").save(file)
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / "contact_sheet.png"
+    contact_sheet(rows, f"BAGEL: {options.model.name}").save(file)
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Look at {file}")
-    if arguments.model.resolve() == EMBEDDED:
+    if options.model.resolve() == EMBEDDED:
         print(
-            "The embedded model knows coloured shapes and nothing else; `python convert_bagel.py adopt DIR` makes the"
+            "The embedded model knows coloured shapes and nothing else. For the released weights: `bagel adopt DIR`,\n"
+            "then `bagel demo --model DIR` (where the package is not installed: `python convert_bagel.py adopt DIR`,\n"
+            "`python demo.py --model DIR`)."
         )
-        print("released 7B weights loadable, `python demo.py --model DIR` then shows them.")
     return 0
 
 

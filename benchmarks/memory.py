@@ -14,14 +14,12 @@ from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
 GB = 1e9
 BITS = {"bfloat16": 16, "8-bit": 8, "4-bit": 4}
 
 
 def count_parameters(stage: int) -> dict[str, int]:
-    """Elements by how they are kept: the decoder's linear layers (can be quantised), the VAE (float32), the others."""
+    """Parameters of the decoder's linear layers (which can be quantised), of the VAE (kept in float32), all others."""
     config = BagelConfig.from_pretrained(REPOSITORY, stage=stage)
     with torch.device("meta"):
         model = BagelForUnifiedMultimodal(config)
@@ -37,12 +35,12 @@ def count_parameters(stage: int) -> dict[str, int]:
 
 
 def weight_bytes(counts: dict[str, int], bits: int) -> int:
-    """Decoder layers at `bits`, the VAE in float32, everything else (embeddings, vision tower, norms) in bfloat16."""
+    """Bytes with the decoder's linear layers at `bits`, the VAE in float32 and all others in bfloat16."""
     return counts["linear"] * bits // 8 + counts["vae"] * 4 + counts["other"] * 2
 
 
 def cache_bytes_per_token() -> int:
-    """Keys and values of one token in bfloat16."""
+    """Bytes of one token's keys and values in bfloat16."""
     config = BagelConfig.from_pretrained(REPOSITORY).text_config
     head_dim = config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * 2

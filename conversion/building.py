@@ -26,8 +26,9 @@ def build(
     Write a BAGEL made of pretrained parts, with tokenizer and processor: a folder to start training from.
 
     Args:
-        text_model: a Qwen2 model with its tokenizer. vision_model, vae, dtype, fields: see
-        `BagelForUnifiedMultimodal.from_backbones`. seed: of the parts that are new.
+        text_model: a Qwen2 model with its tokenizer.
+        vision_model, vae, dtype, fields: see `BagelForUnifiedMultimodal.from_backbones`.
+        seed: of the new weights.
 
     Returns:
         The names of the files written.

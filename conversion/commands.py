@@ -1,6 +1,6 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The commands `adopt`, `export` and `build`: their arguments and what they print."""
+"""The commands `bagel adopt`, `bagel export` and `bagel build`: their arguments and what they print."""
 
 import argparse
 import json
@@ -20,12 +20,24 @@ EXAMPLES = {
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
-    """Exit code 0: done. 1: refused, with the reason on stderr. 2: wrong arguments."""
+    """
+    Run one of the commands.
+
+    Args:
+        arguments: the command's name and its arguments; by default those of the process.
+        prog: what usage and errors call the program; by default the name of the script.
+
+    Returns:
+        The exit code. 0: done. 1: it failed, with the reason on stderr.
+
+    Raises:
+        SystemExit: 2 after wrong arguments, 0 after `--help`.
+    """
     options = _parser(prog).parse_args(arguments)
     try:
         print(_run(options))
     except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{'' if prog is None else f'{prog} {options.command}: '}error: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -35,18 +47,23 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, purpose: str) -> argparse.ArgumentParser:
-        example = f"example: {parser.prog} {name} {EXAMPLES[name]}"
-        return commands.add_parser(name, help=purpose, description=purpose, epilog=example)
+        return commands.add_parser(
+            name,
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}.",
+            epilog=f"example:\n  {parser.prog} {name} {EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     command = add("adopt", "make a released folder loadable by transformers, in place")
-    command.add_argument("directory", metavar="DIR")
+    command.add_argument("directory", metavar="DIR", help="a folder in the released layout")
     command = add("export", "write a model as a released folder")
-    command.add_argument("model_dir", metavar="MODEL_DIR")
-    command.add_argument("out_dir", metavar="OUT_DIR")
+    command.add_argument("model_dir", metavar="MODEL_DIR", help="a model folder: saved, trained or adopted")
+    command.add_argument("out_dir", metavar="OUT_DIR", help="new or empty")
     command = add("build", "write an untrained BAGEL made of pretrained parts")
-    command.add_argument("out_dir", metavar="OUT_DIR")
+    command.add_argument("out_dir", metavar="OUT_DIR", help="new or empty")
     command.add_argument("--text-model", required=True, help="a Qwen2 or Qwen2.5 model: folder, or name on the Hub")
-    command.add_argument("--vision-model", help="a SigLIP model; without it the model reads no pictures")
+    command.add_argument("--vision-model", help="a SigLIP model; without it the model reads no images")
     command.add_argument("--vae", help="an autoencoder (diffusers folder, ae.safetensors); without it, no drawing")
     command.add_argument("--dtype", default="auto", help="of all but the VAE; by default that of the text model")
     command.add_argument("--seed", type=int, default=0, help="of the new parts")

@@ -1,6 +1,6 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From ours to the released layout: copies tensors byte by byte, in pieces, under their released names."""
+"""`bagel export`: from a model folder to the released layout. Tensors are copied byte by byte under released names."""
 
 import json
 import os
@@ -25,15 +25,15 @@ def export(model_dir: str | os.PathLike, out_dir: str | os.PathLike) -> list[str
     """
     Write a model folder (one file, shards, or an adopted one) in the released layout.
 
-    Tensors are copied byte by byte, in pieces, so a model larger than the memory is no problem. The result appears
-    under its name when it is complete.
+    Tensors are copied in pieces of 16 MB, so the model may be larger than the memory. `out_dir` appears when it is
+    complete.
 
     Returns:
         The names of the files written.
 
     Raises:
-        OSError: nothing to read, no room, or `out_dir` is not empty.
-        ValueError: the tensors are not those that the folder's config describes.
+        OSError: there is no model, not enough disk space, or `out_dir` is not empty.
+        ValueError: the model is quantised, or its tensors do not match its config.
     """
     model_dir, out_dir = Path(model_dir), Path(out_dir)
     if not model_dir.is_dir():
@@ -61,14 +61,14 @@ def export(model_dir: str | os.PathLike, out_dir: str | os.PathLike) -> list[str
 
 
 class ReleasedTensor(NamedTuple):
-    """A tensor to write: its shape there, and the bytes it has now."""
+    """A tensor to write: its released shape, and where its bytes are stored now."""
 
     shape: tuple[int, ...]
     stored: "checkpoint.StoredTensor"
 
 
 def _split_released(tensors: Tensors, vae_config: Any) -> dict[str, dict[str, ReleasedTensor]]:
-    """Which tensor goes into which file, under its released name and shape."""
+    """By file and released name: the tensors of the released layout."""
     files: dict[str, dict[str, ReleasedTensor]] = {checkpoint.MODEL_FILE: {}, checkpoint.VAE_FILE: {}}
     for name, stored in tensors.items():
         module_name = checkpoint.to_module_name(name, vae_config)
@@ -80,9 +80,9 @@ def _split_released(tensors: Tensors, vae_config: Any) -> dict[str, dict[str, Re
 
 
 def _copy_tensors(file: Path, tensors: Mapping[str, ReleasedTensor], progress: tqdm) -> None:
-    """Write a safetensors file from pieces of others."""
+    """Write a safetensors file with tensors from other files."""
 
-    def widest_first(name: str) -> tuple[int, str]:  # keeps every tensor aligned
+    def widest_first(name: str) -> tuple[int, str]:  # so every tensor is aligned
         return -checkpoint.ELEMENT_BYTES.get(tensors[name].stored.info.dtype, 1), name
 
     names = sorted(tensors, key=widest_first)
@@ -104,14 +104,14 @@ def _copy_tensors(file: Path, tensors: Mapping[str, ReleasedTensor], progress: t
                 while remaining:
                     piece = handle.read(min(COPY_BYTES, remaining))
                     if not piece:
-                        raise OSError(f"{source} became shorter while it was read.")
+                        raise OSError(f"{source} is truncated: it ends before the tensor {name}.")
                     target.write(piece)
                     remaining -= len(piece)
                     progress.update(len(piece))
 
 
 def _released_configs(config: Any, dtype: str | None) -> dict[str, bytes]:
-    """`config.json`, `llm_config.json` and `vit_config.json` in the words of the released ones."""
+    """`config.json`, `llm_config.json` and `vit_config.json` with released keys."""
     llm, vit = _released_llm_config(config, dtype), _released_vit_config(config.vision_config)
     vae_names = list(type(config.vae_config).__annotations__)
     top = ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side", "connector_act", "interpolate_pos")
@@ -162,7 +162,7 @@ def _released_llm_config(config: Any, dtype: str | None) -> dict[str, Any]:
     }
     if rope != {"rope_type": "default"}:
         released["rope_scaling"] = rope
-    if text.layer_module == "Qwen2MoEDecoderLayer":  # the other two follow from visual_gen
+    if text.layer_module == "Qwen2MoEDecoderLayer":  # the other two layer modules follow from visual_gen
         released["layer_module"] = text.layer_module
     if dtype is not None:
         released["torch_dtype"] = dtype
@@ -170,7 +170,7 @@ def _released_llm_config(config: Any, dtype: str | None) -> dict[str, Any]:
 
 
 def _released_vit_config(vision: Any) -> dict[str, Any]:
-    """The keys of the released file, and any other that is not at its default."""
+    """The keys of the released file, and further ones whose value is not the default."""
     names = ("hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size")
     released = {"model_type": "siglip_vision_model", **{name: getattr(vision, name) for name in names}}
     defaults = type(vision)()

@@ -1,3 +1,3 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What models are measured with."""
+"""Measures models: `bagel eval`."""

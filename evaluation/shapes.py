@@ -4,8 +4,8 @@
 
     bagel eval [CHECKPOINT] [--number 500] [--output outputs/evaluation]
 
-All prompts are about combinations of colour, shape and place that training never showed. Prints a table, writes
-`evaluation.json` and a sheet of pictures. A script over the public API and `shapes/world.py`.
+All prompts are about combinations of colour, shape and place that training never shows. Prints a table, writes
+`evaluation.json` and a sheet of images. It uses the public API and `shapes/world.py`.
 """
 
 import argparse
@@ -27,12 +27,20 @@ from ..shapes.world import Task, held_out_tasks, judge, psnr_outside, render
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-KEPT = 24.0  # dB, outside what an edit changes
+EXAMPLE = "bagel eval checkpoints/tiny-shapes --number 100 --output outputs/evaluation"
+KEPT = 24.0  # dB: an edit keeps the rest if the PSNR outside what it changes is at least this
 TARGETS = {"drawings": 0.95, "answers": 0.97, "edits": 0.92}
 
 
 class Outcome(NamedTuple):
-    """What a model made of a task, and whether it is right; `fully`: also in size and ground, where they were told."""
+    """
+    What a model made of a task.
+
+    Args:
+        made: an image, or an answer.
+        right: whether it does what the task says; edits also have to keep the rest. fully: size and ground included.
+        kept: of edits, the PSNR in dB outside what is changed.
+    """
 
     task: Task
     made: Image.Image | str
@@ -62,7 +70,7 @@ def prepare(processor: Any, tasks: Sequence[Task], mode: str) -> Any:
 
 
 def draw(model: Any, processor: Any, tasks: Sequence[Task], seed: int, **options) -> list[Outcome]:
-    """Drawings and edits, each from noise of its own."""
+    """Drawings or edits of a batch; task `n` starts from the noise of `seed + n`. `options`: of `generate`."""
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(tasks))]
     inputs = prepare(processor, tasks, "image").to(model.device)
     pictures = model.generate(**inputs, generation_mode="image", generator=generators, progress_bar=False, **options)
@@ -79,7 +87,7 @@ def _judged(task: Task, picture: Image.Image) -> Outcome:
 
 
 def answer(model: Any, processor: Any, tasks: Sequence[Task], seed: int) -> list[Outcome]:
-    """Answers, greedily; right is what equals the true answer letter by letter."""
+    """Greedy answers of a batch; right if equal to the true answer, letter by letter. `seed` has no effect."""
     inputs = prepare(processor, tasks, "text").to(model.device)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=48)
     texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -89,7 +97,7 @@ def answer(model: Any, processor: Any, tasks: Sequence[Task], seed: int) -> list
 def run(
     do: Callable[..., list[Outcome]], tasks: Sequence[Task], batch_size: int, label: str, **options
 ) -> list[Outcome]:
-    """All tasks in batches, with a progress bar."""
+    """Do all tasks with `do` (`draw` or `answer`) in batches, with a progress bar."""
     outcomes = []
     with tqdm(total=len(tasks), desc=label) as progress:
         for first in range(0, len(tasks), batch_size):
@@ -100,15 +108,19 @@ def run(
 
 
 def share(outcomes: Sequence[Outcome], field: str = "right") -> float:
+    """The share of outcomes that are `right` (or another field)."""
     return sum(getattr(outcome, field) for outcome in outcomes) / max(len(outcomes), 1)
 
 
 def evaluate(model: Any, processor: Any, number: int, batch_size: int = 50, **options) -> dict[str, list[Outcome]]:
     """
-    `number` held-out tasks of every kind, drawings and edits once more without guidance.
+    Do `number` held-out tasks of every kind, drawings and edits also without guidance.
 
     Args:
-        options: arguments of `generate` for pictures.
+        options: arguments of `generate` for drawings and edits.
+
+    Returns:
+        The outcomes by the name of the kind, as in the table.
     """
     common = {"model": model, "processor": processor}
     drawing, asking, editing = (held_out_tasks(kind, number) for kind in ("draw", "ask", "edit"))
@@ -127,7 +139,7 @@ def evaluate(model: Any, processor: Any, number: int, batch_size: int = 50, **op
 
 
 def summary(results: dict[str, list[Outcome]]) -> dict[str, dict[str, float]]:
-    """The numbers: shares of right outcomes, targets, and for edits how well the rest was kept."""
+    """Shares of right outcomes and their targets by kind, and for edits how well the rest was kept."""
     numbers = {}
     for name, outcomes in results.items():
         numbers[name] = {"number": len(outcomes), "right": share(outcomes), "right_fully": share(outcomes, "fully")}
@@ -141,6 +153,7 @@ def summary(results: dict[str, list[Outcome]]) -> dict[str, dict[str, float]]:
 
 
 def table(numbers: dict[str, dict[str, float]]) -> str:
+    """The summary as text."""
     lines = [f"{'':<24}{'right':>8}{'target':>8}   and in size and ground"]
     for name, row in numbers.items():
         target = f"{row['target']:.0%}" if "target" in row else ""
@@ -167,8 +180,8 @@ def sheet(results: dict[str, list[Outcome]], columns: int = 6, rows: int = 2) ->
             top = gap + (number * rows + index // columns) * (cell + text + gap)
             pictures = [render(outcome.task.start)] if outcome.task.start is not None else []
             pictures += [outcome.made] if isinstance(outcome.made, Image.Image) else []
-            for place, picture in enumerate(pictures):
-                corner = (left + place * cell, top)
+            for column, picture in enumerate(pictures):
+                corner = (left + column * cell, top)
                 image.paste(picture.resize((cell - 4, cell - 4), Image.Resampling.NEAREST), corner)
                 pen.rectangle((*corner, corner[0] + cell - 5, corner[1] + cell - 5), outline="grey")
             if not outcome.right:
@@ -190,32 +203,38 @@ def _wrapped(text: str, width: int, font: Any) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "bagel eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog, description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=REPOSITORY / "checkpoints" / "tiny-shapes")
-    parser.add_argument("--number", type=int, default=500, help="tasks of each kind")
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--num-timesteps", type=int, default=50)
-    parser.add_argument("--cfg-text-scale", type=float, default=4.0)
-    parser.add_argument("--cfg-img-scale", type=float, default=1.5)
-    parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"))
-    arguments = parser.parse_args(arguments)
-    if not arguments.checkpoint.is_dir():
-        parser.error(f"there is no {arguments.checkpoint}: `make tiny-shapes` trains it, or name another folder")
-    options = {name: getattr(arguments, name) for name in ("num_timesteps", "cfg_text_scale", "cfg_img_scale")}
+    embedded = REPOSITORY / "checkpoints" / "tiny-shapes"
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=embedded, help="by default the embedded model")
+    parser.add_argument("--number", type=int, default=500, help="tasks of each kind (500)")
+    parser.add_argument("--batch-size", type=int, default=50, help="tasks at once (50)")
+    parser.add_argument("--num-timesteps", type=int, default=50, help="knots of the sampler (50, that is 49 steps)")
+    parser.add_argument("--cfg-text-scale", type=float, default=4.0, help="guidance towards the text (4.0)")
+    parser.add_argument("--cfg-img-scale", type=float, default=1.5, help="guidance towards the edited image (1.5)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"), help="folder of numbers and sheet")
+    options = parser.parse_args(arguments)
+    if not options.checkpoint.is_dir():
+        parser.error(f"there is no {options.checkpoint}: `make tiny-shapes` trains it, or name another folder")
+    return options
 
+
+def main(arguments: list[str] | None = None, prog: str | None = "bagel eval") -> int:
+    """Exit code 0: done. Raises `SystemExit`: 2 after wrong arguments, 0 after `--help`."""
+    chosen = parse(arguments, prog)
+    options = {name: getattr(chosen, name) for name in ("num_timesteps", "cfg_text_scale", "cfg_img_scale")}
     transformers.logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(arguments.checkpoint, trust_remote_code=True)
-    model = AutoModel.from_pretrained(arguments.checkpoint, trust_remote_code=True, dtype="float32").to(device).eval()
+    processor = AutoProcessor.from_pretrained(chosen.checkpoint, trust_remote_code=True)
+    model = AutoModel.from_pretrained(chosen.checkpoint, trust_remote_code=True, dtype="float32").to(device).eval()
     began = time.perf_counter()
-    results = evaluate(model, processor, arguments.number, arguments.batch_size, **options)
+    results = evaluate(model, processor, chosen.number, chosen.batch_size, **options)
     numbers = summary(results)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    chosen.output.mkdir(parents=True, exist_ok=True)
     record = {
-        "checkpoint": arguments.checkpoint.name,
+        "checkpoint": chosen.checkpoint.name,
         "device": device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -224,10 +243,10 @@ def main(arguments: list[str] | None = None) -> int:
         "options": options,
         "results": numbers,
     }
-    (arguments.output / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    sheet(results).save(arguments.output / "sheet.png")
+    (chosen.output / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    sheet(results).save(chosen.output / "sheet.png")
     print(table(numbers))
-    print(f"{record['seconds']} s on {device}. Look at {arguments.output / 'sheet.png'}")
+    print(f"{record['seconds']} s on {device}. Look at {chosen.output / 'sheet.png'}")
     return 0
 
 

@@ -1,12 +1,12 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Before and after the training of `checkpoints/tiny-shapes`, a complete BAGEL that really works, small enough for git.
+"""Makes `checkpoints/tiny-shapes`, a complete trained BAGEL small enough for git: what comes before and after training.
 
     python -m bagel.shapes.build start outputs/tiny-shapes/start     # trains VAE and vision tower
     torchrun --standalone --nproc_per_node 2 -m bagel train --config configs/tiny_shapes.yaml  # trains the model
     python -m bagel.shapes.build finish outputs/tiny-shapes/run/ema  # writes checkpoints/tiny-shapes
 
-`make tiny-shapes` runs all three. The world it lives in is `world.py`.
+`make tiny-shapes` runs all three. The data is `world.py`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from .world import COLOURS, PLACES, SHAPES, SIDE, SIZES, Inventor, Scene, all_se
 
 CHECKPOINT = REPOSITORY / "checkpoints" / "tiny-shapes"
 KINDS = list(itertools.product(SHAPES, SIZES))
-NAMES = [1 + len(KINDS), 1 + len(COLOURS)]  # what a place may hold: no thing or one of a kind, and of a colour
+NAMES = [1 + len(KINDS), 1 + len(COLOURS)]  # classes at each place: nothing or a kind; nothing or a colour
 PATCH = 16  # pixels per token and side, of the vision tower and of the VAE alike
 VOCABULARY = 448
 
@@ -48,8 +48,8 @@ def train_vae(steps: int, batch_size: int = 16, learning_rate: float = 2e-3, see
     """
     An autoencoder for the world's pictures: 64x64 pixels to 8x8 latents of 4 channels.
 
-    Pixels that differ from the ground count eight times. The KL term is strong enough that a sample of the posterior
-    strays by about a tenth of a latent's deviation: errors of the model that draws, up to that size, do no harm.
+    Pixels that differ from the ground count eight times. The KL term is strong enough that the standard deviation of a
+    posterior is about a tenth of that of all latents: the decoder then tolerates errors of this size in drawn latents.
 
     Returns:
         The VAE and its settings for `vae_config`: its latents have mean 0 and standard deviation 1 under them.
@@ -65,10 +65,10 @@ def train_vae(steps: int, batch_size: int = 16, learning_rate: float = 2e-3, see
     torch.manual_seed(seed)
     config = BagelVAEConfig(**settings)
     vae = build_vae(config).to(memory_format=torch.channels_last)
-    draws = np.random.default_rng(seed + 1)
+    rng = np.random.default_rng(seed + 1)
 
     def loss() -> torch.Tensor:
-        pixels = pictures(scenes(draws, batch_size)).to(memory_format=torch.channels_last)
+        pixels = pictures(scenes(rng, batch_size)).to(memory_format=torch.channels_last)
         posterior = vae.encode(pixels).latent_dist
         restored = vae.decode(posterior.sample()).sample
         stands_out = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05
@@ -76,7 +76,7 @@ def train_vae(steps: int, batch_size: int = 16, learning_rate: float = 2e-3, see
         return ((1 + 7 * stands_out) * error).mean() + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
 
     _fit(list(vae.parameters()), loss, steps, learning_rate, weight_decay=1e-4, title="autoencoder")
-    return vae, settings | _latent_scale(vae, draws)
+    return vae, settings | _latent_scale(vae, rng)
 
 
 def _fit(
@@ -87,7 +87,7 @@ def _fit(
     weight_decay: float,
     title: str,
 ) -> None:
-    """AdamW on a loss that draws its own batches, with one cycle of the learning rate."""
+    """AdamW with one cycle of the learning rate; every call of `loss` makes a new batch."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.05)
     progress = trange(steps, desc=title)
@@ -101,22 +101,22 @@ def _fit(
         progress.set_postfix(loss=f"{now.item():.4f}")
 
 
-def scenes(draws: np.random.Generator, number: int) -> list[Scene]:
-    """Scenes without held-out combinations; a few have only a ground."""
-    inventor = Inventor(draws)
+def scenes(rng: np.random.Generator, number: int) -> list[Scene]:
+    """Scenes without held-out combinations; 3 % of them are empty."""
+    inventor = Inventor(rng)
     made = [inventor.scene(False)[0] for _ in range(number)]
-    return [scene if draws.random() > 0.03 else Scene(scene.ground, ()) for scene in made]
+    return [scene if rng.random() > 0.03 else Scene(scene.ground, ()) for scene in made]
 
 
-def pictures(scenes: Sequence[Scene], draws: np.random.Generator | None = None) -> torch.Tensor:
-    """(number, 3, 64, 64) in [-1, 1]; with `draws`, things have colours that no word of this world names."""
-    images = [render(scene, strange_colours(draws, scene.ground) if draws else COLOURS) for scene in scenes]
+def pictures(scenes: Sequence[Scene], rng: np.random.Generator | None = None) -> torch.Tensor:
+    """Pixels (scenes, 3, 64, 64) in [-1, 1]; with `rng`, things have random colours that are none of `COLOURS`."""
+    images = [render(scene, strange_colours(rng, scene.ground) if rng else COLOURS) for scene in scenes]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()
-def _latent_scale(vae: nn.Module, draws: np.random.Generator) -> dict[str, float]:
-    latents = vae.encode(pictures(scenes(draws, 256))).latent_dist.sample()
+def _latent_scale(vae: nn.Module, rng: np.random.Generator) -> dict[str, float]:
+    latents = vae.encode(pictures(scenes(rng, 256))).latent_dist.sample()
     return {"scale_factor": 1 / latents.std().item(), "shift_factor": latents.mean().item()}
 
 
@@ -136,10 +136,11 @@ def vae_psnr(vae: nn.Module, number: int = 256, seed: int = 7) -> tuple[float, f
 
 class PlaceReader(nn.Module):
     """
-    Says of every place what stands there, from the patches of a picture.
+    Two linear probes on the features of a picture's patches; each classifies the thing at every place.
 
-    It does so twice. Reading all patches at once is learned soon; one reading for all places, of what attention gathers
-    there, is how a decoder reads, and is learned late unless the first one leads.
+    The first sees all patches at once and learns fast. The second sees, for each place, an attention-weighted mean of
+    the patches, and shares one linear layer between places, which is closer to how the decoder uses the features. Alone
+    it learns very slowly; the gradient of the first gives the tower useful features early.
     """
 
     def __init__(self, hidden_size: int):
@@ -159,24 +160,25 @@ def train_tower(
     model: nn.Module, steps: int, batch_size: int = 128, learning_rate: float = 2e-3, seed: int = 0
 ) -> float:
     """
-    Teach the vision tower what stands where, as BAGEL begins with a SigLIP that has seen pictures.
+    Pretrain the vision tower to classify what is at every place, as BAGEL starts from a pretrained SigLIP.
 
-    Left to the decoder's answers alone, a tower learns colours and places soon and shapes very late. Shapes are taught
-    on things in colours of no name, colours on others: which combinations of the two do not occur cannot be learned.
+    Trained by the decoder's losses alone, the tower learns colours and places early and shapes very late. Shapes are
+    taught with pictures in random colours and colours with other pictures, so that the tower cannot learn which
+    combinations of shape and colour training leaves out.
 
     Args:
         model: its `vit_model` is trained, in place.
 
     Returns:
-        The share of things in new pictures whose shape, size and colour the tower names.
+        The share of things in new pictures whose shape, size and colour are classified correctly.
     """
     torch.manual_seed(seed)
-    draws = np.random.default_rng(seed + 3)
+    rng = np.random.default_rng(seed + 3)
     reader = PlaceReader(model.config.vision_config.hidden_size)
 
     def loss() -> torch.Tensor:
-        of_kinds, of_colours = scenes(draws, batch_size // 2), scenes(draws, batch_size // 2)
-        features = _look(model, torch.cat([pictures(of_kinds, draws), pictures(of_colours)]))
+        of_kinds, of_colours = scenes(rng, batch_size // 2), scenes(rng, batch_size // 2)
+        features = _look(model, torch.cat([pictures(of_kinds, rng), pictures(of_colours)]))
         names = place_names([*of_kinds, *of_colours])
         losses = []
         for logits in reader(features):
@@ -187,7 +189,7 @@ def train_tower(
 
     parameters = [*model.vit_model.parameters(), *reader.parameters()]
     _fit(parameters, loss, steps, learning_rate, weight_decay=0.01, title="vision tower")
-    shown = scenes(draws, 1000)
+    shown = scenes(rng, 1000)
     with torch.no_grad():
         _, gathered = reader(_look(model, pictures(shown)))
     named = torch.stack([logits.argmax(-1) for logits in gathered.split(NAMES, dim=-1)], dim=-1)
@@ -196,14 +198,14 @@ def train_tower(
 
 
 def _naming_loss(logits: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
-    """Cross entropy; most places are empty, so those count less."""
+    """Cross-entropy in which class 0, nothing, counts 0.3: most places are empty."""
     weight = torch.ones(logits.shape[-1])
     weight[0] = 0.3
     return nn.functional.cross_entropy(logits.flatten(0, 1), names.flatten(), weight)
 
 
 def _look(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """What the tower says of pictures, (pictures, patches, hidden_size)."""
+    """The tower's features of pictures, (pictures, patches, hidden_size)."""
     side = SIDE // PATCH
     patches = torch.cat([patchify(picture, PATCH) for picture in pixels])
     features = model.get_image_features(patches, torch.tensor([[side, side]] * len(pixels))).last_hidden_state
@@ -211,7 +213,7 @@ def _look(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def place_names(scenes: Sequence[Scene]) -> torch.Tensor:
-    """(scenes, places, 2): what stands at each place, as 1 + its number in `KINDS` and in `COLOURS`, 0 for nothing."""
+    """Classes (scenes, places, 2) of what is at each place: 1 + index in `KINDS` and in `COLOURS`, 0 for nothing."""
     names = torch.zeros(len(scenes), len(PLACES), 2, dtype=torch.long)
     for number, scene in enumerate(scenes):
         for thing in scene.things:
@@ -225,7 +227,7 @@ def place_names(scenes: Sequence[Scene]) -> torch.Tensor:
 
 
 def start(directory: Path, vae_steps: int, tower_steps: int, seed: int = 0) -> None:
-    """An untrained decoder between a trained VAE and a trained vision tower, with tokenizer and processor."""
+    """Write an untrained decoder with a trained VAE and a trained vision tower, tokenizer and processor."""
     vae, settings = train_vae(vae_steps, seed=seed)
     mean, worst = vae_psnr(vae.eval())
     print(f"The autoencoder restores pictures at {mean:.1f} dB (worst {worst:.1f} dB).")
@@ -267,14 +269,14 @@ def start(directory: Path, vae_steps: int, tower_steps: int, seed: int = 0) -> N
     model = BagelForUnifiedMultimodal(config)
     model.vae.load_state_dict(vae.state_dict())
     right = train_tower(model, tower_steps, seed=seed)
-    print(f"The vision tower names shape, size and colour of {right:.1%} of the things it sees.")
+    print(f"The vision tower classifies {right:.1%} of the things in new pictures correctly.")
     _set_generation(model)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
 
 
 def finish(trained: Path, directory: Path = CHECKPOINT) -> None:
-    """The trained model in bfloat16 (the VAE stays float32)."""
+    """Write the trained model in bfloat16 (the VAE stays float32)."""
     model = BagelForUnifiedMultimodal.from_pretrained(trained, dtype=torch.bfloat16)
     _set_generation(model)
     processor = BagelProcessor.from_pretrained(trained, trust_remote_code=True)

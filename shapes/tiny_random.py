@@ -4,7 +4,7 @@
 
     python -m bagel.shapes.tiny_random [DIRECTORY]
 
-Weights are random, so it answers and draws noise; everything else is real: tokenizer, processor, VAE, both experts.
+Weights are random, so answers and drawings are noise; tokenizer, processor, VAE and both experts are complete.
 """
 
 import argparse
@@ -68,13 +68,13 @@ def build(directory: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     model = BagelForUnifiedMultimodal(config)
     with torch.no_grad():
-        model.llm2vae.weight.normal_(std=0.1)  # zero in a fresh model, which then would draw its own noise
+        model.llm2vae.weight.normal_(std=0.1)  # zero in a new model: the velocity would be 0 and the noise the result
     model.generation_config = GenerationConfig(**{name: getattr(config, name) for name in GENERATION_IDS})
     write_checkpoint(model, processor, directory)
 
 
 def write_checkpoint(model: torch.nn.Module, processor: Any, directory: Path) -> None:
-    """Model and processor as one folder, whole or not at all; inside this repo the code is linked, not copied."""
+    """Write model and processor to a new folder, complete or not at all; inside this repository code is linked."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         model.save_pretrained(scratch)

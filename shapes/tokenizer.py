@@ -1,6 +1,6 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A tokenizer of the released kind (Qwen2, byte-level BPE) and special tokens, small and made offline."""
+"""A small tokenizer of the released kind (Qwen2, byte-level BPE, the same special tokens), trained on a few texts."""
 
 import json
 
@@ -33,8 +33,11 @@ def build_tiny_tokenizer(corpus: list[str] | None = None, vocab_size: int = 512)
 
     Args:
         corpus: texts to learn merges from; by default a few sentences.
-        vocab_size: ids at most, the 256 bytes and the 7 special tokens (the last ids) included. With 263 there are no
-            merges and an ASCII text has as many tokens as characters.
+        vocab_size: the most ids, including the 256 bytes and the 7 special tokens (the last ids). With 263 there are
+            no merges, and an ASCII text has one token per character.
+
+    Raises:
+        ValueError: `vocab_size` is below 263.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + len(SPECIAL_TOKENS)

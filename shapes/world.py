@@ -1,12 +1,12 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A small picture world: scenes, their pictures, sentences about them, and a judge that reads scenes back from pixels.
+"""The shapes world: scenes, their pictures, sentences about them, and a judge that reads scenes back from pixels.
 
-A scene is a ground and one or two things, each with shape, colour, size and place (a cell of a 3x3 grid). It knows
-nothing of models: rows for training are conversations in the usual column form.
+A scene is a ground (the background colour) and one or two things, each with shape, colour, size and place (a cell of a
+3x3 grid). The file knows nothing of models: rows for training are conversations in the usual column form.
 
 Pictures are (64, 64) RGB. Some combinations of colour, shape and place are held out: no picture of `TrainingRows` shows
-them, neither as a start nor as the result of an edit, so what a model does with them it has composed.
+them, neither before nor after an edit. A model that gets them right combines what it learned from other combinations.
 """
 
 import itertools
@@ -34,12 +34,13 @@ GROUNDS = {"white": (245, 245, 245), "black": (20, 20, 20), "grey": (128, 128, 1
 SIZES = {"small": 14, "large": 18}  # pixels across
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 CENTRES = (11, 32, 53)
-FARTHEST = 70  # how far, in RGB, the judge still takes a colour for one of those above
-JITTER = 1  # pixels that a thing may stand off the centre of its place, down and right
+FARTHEST = 70  # RGB distance up to which the judge takes a colour for the nearest of COLOURS
+JITTER = 1  # the most pixels between a thing and the centre of its place, down and right
+# relation -> (rows down, columns right) from the first thing to the other
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
 NUMBERS = {1: "one", 2: "two"}
-OPENING = "here it is"
-# kinds of questions, and how often dialogues for training ask them; single questions are of all kinds alike
+OPENING = "here it is"  # the text before an image in an interleaved answer
+# Kinds of questions, and the relative frequency of each in training dialogues; single questions take all kinds equally.
 QUESTIONS = {
     "colour": 2,
     "what": 4,
@@ -59,7 +60,7 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene; `offset` (down, right) in pixels from the centre of its place is no part of equality."""
+    """One object of a scene; `==` ignores `offset`, the (down, right) pixels from the centre of its place."""
 
     shape: str
     colour: str
@@ -77,7 +78,7 @@ class Thing:
         return divmod(PLACES.index(self.place), 3)
 
     def centred(self) -> "Thing":
-        """In the middle of its place. Sentences tell no offsets, so what is made from them has none."""
+        """The same thing without offset: sentences state no offset, so pictures made from a sentence have none."""
         return replace(self, offset=(0, 0))
 
 
@@ -103,13 +104,18 @@ class Scene:
 
 
 def is_held_out(triple: tuple[str, str, str]) -> bool:
-    """One place of every colour and shape: 30 of 270 triples, spread so that every pair of two is still shown often."""
+    """
+    Whether training never shows a (colour, shape, place).
+
+    One place of every colour and shape is held out: 30 of 270 triples, spread so that training still shows every
+    colour with every shape, every colour at every place and every shape at every place.
+    """
     colour, shape, place = triple
     return PLACES.index(place) == (2 * list(COLOURS).index(colour) + 4 * SHAPES.index(shape)) % 9
 
 
 def related(first: Thing, other: Thing) -> str | None:
-    """How `first` stands to `other`, for things of one row or column."""
+    """The relation of `first` to `other` if they are in one row or column of the grid, otherwise `None`."""
     rows, columns = (b - a for a, b in zip(first.cell, other.cell))
     if rows and columns:
         return None
@@ -133,20 +139,25 @@ def render(scene: Scene, colours: Mapping[str, Sequence[float]] = COLOURS) -> Im
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def strange_colours(draws: np.random.Generator, ground: str) -> dict[str, np.ndarray]:
-    """For every colour another one, which the judge would not name and which stands out from the ground."""
+def strange_colours(rng: np.random.Generator, ground: str) -> dict[str, np.ndarray]:
+    """A replacement for every colour, (3,) in 0..255: farther than `FARTHEST` from all of `COLOURS` and the ground."""
     known = np.array([*COLOURS.values(), GROUNDS[ground]])
     made = {}
     for name in COLOURS:
-        made[name] = draws.uniform(0, 255, 3)
+        made[name] = rng.uniform(0, 255, 3)
         while np.linalg.norm(known - made[name], axis=1).min() <= FARTHEST:
-            made[name] = draws.uniform(0, 255, 3)
+            made[name] = rng.uniform(0, 255, 3)
     return made
 
 
 @cache
 def stamp(shape: str, size: int, fine: int = 8) -> np.ndarray:
-    """Cover of each pixel by a shape, in [0, 1]: (20, 20), centred between the pixels in the middle."""
+    """
+    The share of each pixel that a shape covers, (20, 20) in [0, 1]; the shape's centre is between the middle pixels.
+
+    Args:
+        size: pixels across. fine: subpixels per pixel and side.
+    """
     side = 20
     steps = (np.arange(side * fine) + 0.5) / fine - side / 2
     y, x = np.meshgrid(steps, steps, indexing="ij")
@@ -181,7 +192,7 @@ INSIDE = {
 
 
 class Blob(NamedTuple):
-    """Something that stands out from the ground: `mask` (64, 64), and what it is, or "unknown"."""
+    """A connected region that differs from the ground: its `mask` (64, 64), and the thing it shows, or "unknown"."""
 
     mask: np.ndarray
     thing: Thing
@@ -191,10 +202,10 @@ def judge(picture: Image.Image) -> Scene:
     """
     The scene that a picture shows, from its pixels alone.
 
-    What stands out from the ground is cut into connected blobs. A blob's colour is the nearest of the palette, its
-    place the nearest centre, its shape and size those of the stamp that covers it best. Whatever is not clearly
-    one of them (cover below 0.8, more than 6 pixels off every centre, far from every colour) is "unknown" and matches
-    nothing.
+    Pixels that differ from the ground form connected blobs. A blob's colour is the nearest of `COLOURS`, its place the
+    one with the nearest centre, its shape and size those of the stamp with the largest intersection over union. If that
+    is below 0.8, the centre more than 6 pixels off, or the colour farther than `FARTHEST`, its shape is "unknown" and
+    matches nothing.
 
     Raises:
         ValueError: the picture has another size than the world's.
@@ -205,7 +216,10 @@ def judge(picture: Image.Image) -> Scene:
 
 
 def find_blobs(picture: Image.Image) -> list[Blob]:
-    """The things of a picture with their pixels. Specks below 12 pixels count as one unknown thing from 24 on."""
+    """
+    The things of a picture with their pixels. Regions below 12 pixels are ignored, unless they have 24 or more
+    together: then they count as one unknown thing.
+    """
     pixels = _pixels(picture)
     palette = np.float32([_border(pixels), *COLOURS.values()])
     labels = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(-1)
@@ -276,7 +290,7 @@ def _recognise(pixels: np.ndarray, mask: np.ndarray, ground: np.ndarray) -> Thin
 
 
 def _best_cover(mask: np.ndarray, shape: str, size: int, centre: tuple[float, float]) -> float:
-    """Intersection over union with the stamp, at the best of the places around the centre of mass."""
+    """Largest intersection over union of a blob and a stamp that is moved by at most 2 pixels each way."""
     alpha = stamp(shape, size) >= 0.5
     half, padded = len(alpha) // 2, np.pad(mask, 22)
     best = 0.0
@@ -290,8 +304,10 @@ def _best_cover(mask: np.ndarray, shape: str, size: int, centre: tuple[float, fl
 
 def psnr_outside(result: Image.Image, start: Image.Image, changed: Sequence[Thing], margin: int = 2) -> float:
     """
-    How well an edit kept the rest, in dB: peak signal-to-noise ratio to `start` over all pixels that lie more than
-    `JITTER + margin` pixels outside the `changed` things (as they were, and as they should be).
+    How well an edit kept the rest: the peak signal-to-noise ratio in dB between `result` and `start`, 99 if equal.
+
+    Args:
+        changed: things before and after the edit; they and `JITTER + margin` pixels around them are left out.
     """
     keep = np.ones((SIDE, SIDE), bool)
     for thing in changed:
@@ -312,8 +328,8 @@ class Wish(NamedTuple):
 
     Args:
         text: the prompt.
-        things: all that the picture should show. told: for each of them, the fields that the text says.
-        relation: of the first thing to the other, if the text says one. ground: if the text says one.
+        things: all that the picture should show. told: for each of them, the fields that the text states.
+        relation: of the first thing to the other, if the text states it. ground: if the text states it.
     """
 
     text: str
@@ -323,13 +339,13 @@ class Wish(NamedTuple):
     ground: str | None = None
 
     def is_granted(self, seen: Scene, fields: Sequence[str] = ("shape", "colour", "place")) -> bool:
-        """Right number of things, each right in what was told of `fields`, and the relation, if one was told."""
+        """Whether a scene has the right number of things, each right in the `fields` stated, and a stated relation."""
         if len(seen.things) != len(self.things):
             return False
         return any(self._matches(order, fields) for order in itertools.permutations(seen.things))
 
     def is_granted_fully(self, seen: Scene) -> bool:
-        """Also in size and ground, where they were told."""
+        """Whether size and ground are right as well, where they are stated."""
         return self.ground in (None, seen.ground) and self.is_granted(seen, ("shape", "colour", "place", "size"))
 
     def _matches(self, seen: Sequence[Thing], fields: Sequence[str]) -> bool:
@@ -347,7 +363,8 @@ class Task(NamedTuple):
     picture) or "tell" (prompt -> opening, picture, `answer`).
 
     Args:
-        start: the scene of the picture that is given. wish: of the picture to make. result: a scene that grants it.
+        start: the scene of the picture that is given. wish: what the picture to make must show.
+        result: a scene that does. changed: things that an edit changes, before and after it.
     """
 
     kind: str
@@ -359,14 +376,16 @@ class Task(NamedTuple):
     changed: tuple[Thing, ...] = ()
 
     def row(self, name: str | None = None) -> dict[str, Any]:
-        """As a conversation."""
+        """The task as a row for training, a conversation with the id `name`."""
         return conversation([self], name)
 
 
 def conversation(tasks: Sequence[Task], name: str | None = None) -> dict[str, Any]:
     """
-    Tasks about one start, one after the other, as a row for training; the start is shown once. Who draws and tells
-    begins with words, as interleaved generation does.
+    Tasks about one start as the turns of one conversation, a row for training; the picture is given once.
+
+    In a task that makes a picture and a text, the answer begins with the text `OPENING`, because interleaved
+    generation begins with a text.
     """
     messages, images = [], []
     for number, task in enumerate(tasks):
@@ -391,35 +410,40 @@ def _at(place: str) -> str:
 
 
 def _name(thing: Thing, told: Sequence[str] = ("size", "colour", "shape", "place")) -> str:
-    """ "a small red circle at the top", or less of it."""
+    """ "a small red circle at the top", with the fields `told` only."""
     words = _a(" ".join(getattr(thing, name) for name in ("size", "colour", "shape") if name in told))
     return f"{words} {_at(thing.place)}" if "place" in told else words
 
 
 def describe(scene: Scene) -> str:
-    """All of a scene in one sentence."""
+    """A scene in one sentence, complete but for offsets."""
     things = " and ".join(_name(thing) for thing in scene.things) or "nothing"
     return f"{things} on a {scene.ground} ground"
 
 
 class Inventor:
     """
-    Makes up scenes and tasks.
+    Makes random scenes and tasks.
 
     Args:
-        draws: all of its randomness.
-        held_out: in every task one thing, the one it is about, is of a held-out combination. Otherwise none is.
+        rng: the only source of randomness.
+        held_out: whether the thing that a task is about is a held-out combination; all other things never are.
     """
 
-    def __init__(self, draws: np.random.Generator, held_out: bool = False):
-        self.draws, self.held_out = draws, held_out
+    def __init__(self, rng: np.random.Generator, held_out: bool = False):
+        self.rng, self.held_out = rng, held_out
 
     def task(self, kind: str) -> Task:
         """A task of a kind: "draw", "ask", "edit" or "tell"."""
         return {"draw": self.draw, "ask": self.ask, "edit": self.edit, "tell": self.tell}[kind]()
 
     def scene(self, held_out: bool, fewest: int = 1) -> tuple[Scene, Thing, Thing | None]:
-        """A scene, the thing that a task is about (held out or not), and the other one, if there is one."""
+        """
+        A scene, the thing that a task is about (held out or not), and the other thing, if there is one.
+
+        Args:
+            fewest: the least number of things, 1 or 2.
+        """
         first = self._thing(held_out)
         things = [first]
         if fewest > 1 or self._chance(0.5):
@@ -438,10 +462,10 @@ class Inventor:
         return self._question(*self.scene(self.held_out))
 
     def dialogue(self) -> list[Task]:
-        """Two to five questions about one picture, more of those that ask for much of it."""
+        """Two to five questions about one picture, chosen with the weights of `QUESTIONS`."""
         scene, thing, other = self.scene(self.held_out)
         things = [(thing, other)] if other is None else [(thing, other), (other, thing)]
-        return [self._question(scene, *self._pick(things), QUESTIONS) for _ in range(self.draws.integers(2, 6))]
+        return [self._question(scene, *self._pick(things), QUESTIONS) for _ in range(self.rng.integers(2, 6))]
 
     def _question(self, scene: Scene, thing: Thing, other: Thing | None, weights: dict[str, int] | None = None) -> Task:
         weights = weights or dict.fromkeys(QUESTIONS, 1) | {"relation": 2}
@@ -478,8 +502,8 @@ class Inventor:
         ground = scene.ground if self._chance(0.8) else None
         text = f"{text} on a {ground} ground" if ground else text
         text = self._pick(("draw {}", "{}", "a picture of {}", "please draw {}")).format(text)
-        drawn = Scene(scene.ground, tuple(thing.centred() for thing in scene.things))
-        return Wish(text, things, tuple(told), relation, ground), drawn
+        result = Scene(scene.ground, tuple(thing.centred() for thing in scene.things))
+        return Wish(text, things, tuple(told), relation, ground), result
 
     # ---- questions
 
@@ -514,7 +538,7 @@ class Inventor:
         asked = holds if self._chance(0.5) else self._pick([name for name in RELATIONS if name != holds])
         return f"is the {first.shape} {asked} the {second.shape}?", "yes" if asked == holds else "no"
 
-    # ---- edits: `None` where the world has no such edit of this scene
+    # ---- edits: `None` if the edit made would show a held-out combination where it must not, or the other way round
 
     def _edit_recolour(self) -> Task | None:
         scene, thing, _ = self.scene(False)
@@ -540,11 +564,11 @@ class Inventor:
         return self._finish(text.format(thing.shape), scene, scene.swap(thing), (thing,), ())
 
     def _edit_add(self) -> Task | None:
-        scene, drawn, _ = self.scene(self.held_out, fewest=2)
-        thing = drawn.centred()
+        scene, shifted, _ = self.scene(self.held_out, fewest=2)
+        thing = shifted.centred()
         told = ("colour", "shape", "place", *(("size",) if self._chance(0.8) else ()))
         text = self._pick(("add {}", "put {}")).format(_name(thing, told))
-        return self._finish(text, scene.swap(drawn), scene.swap(drawn, thing), (thing,), (thing, told))
+        return self._finish(text, scene.swap(shifted), scene.swap(shifted, thing), (thing,), (thing, told))
 
     def _swap(self, text: str, scene: Scene, old: Thing, new: Thing) -> Task | None:
         if is_held_out(new.triple) != self.held_out:
@@ -552,17 +576,17 @@ class Inventor:
         return self._finish(text, scene, scene.swap(old, new), (old, new), ())
 
     def _finish(self, text: str, start: Scene, result: Scene, changed: tuple, told_of: tuple) -> Task:
-        """The wish of an edit is the whole result, but for fields that the text leaves open."""
+        """The task of an edit. Its wish is the whole result; `told_of` (thing, fields) limits what counts of one."""
         everything = ("shape", "colour", "place", "size")
         told = tuple(told_of[1] if told_of and one is told_of[0] else everything for one in result.things)
         return Task("edit", text, start, Wish(text, result.things, told, None, result.ground), result, None, changed)
 
-    # ---- chance
+    # ---- random choices
 
     def _thing(self, held_out: bool, other: Thing | None = None) -> Thing:
-        """A thing whose combination is held out or not, of another shape and place than `other`."""
+        """A random thing whose combination is held out or not, with another shape and place than `other`."""
         while True:
-            down, right = (int(off) for off in self.draws.integers(-JITTER, JITTER + 1, 2))
+            down, right = (int(off) for off in self.rng.integers(-JITTER, JITTER + 1, 2))
             thing = Thing(*map(self._pick, (SHAPES, COLOURS, PLACES, SIZES)), (down, right))
             free = other is None or (thing.shape != other.shape and thing.place != other.place)
             if free and is_held_out(thing.triple) == held_out:
@@ -570,10 +594,10 @@ class Inventor:
 
     def _pick(self, choices: Sequence[str] | dict[str, Any]) -> Any:
         choices = list(choices)
-        return choices[self.draws.integers(len(choices))]
+        return choices[self.rng.integers(len(choices))]
 
     def _chance(self, probability: float) -> bool:
-        return bool(self.draws.random() < probability)
+        return bool(self.rng.random() < probability)
 
 
 SHARES = {"draw": 0.4, "ask": 0.2, "edit": 0.35, "tell": 0.05}
@@ -581,11 +605,12 @@ SHARES = {"draw": 0.4, "ask": 0.2, "edit": 0.35, "tell": 0.05}
 
 class TrainingRows(Sequence):
     """
-    Rows without held-out combinations, made when they are asked for: a list to whoever trains. Questions come several
-    to a picture.
+    Rows for training, without held-out combinations: a sequence whose rows are made when they are read. A row of kind
+    "ask" holds several questions about one picture.
 
     Args:
-        number: rows in one epoch. seed: other seeds give other rows. shares: of the kinds of tasks.
+        number: rows in one epoch. seed: each row follows from it and the row's index.
+        shares: the probability of each kind of task.
     """
 
     def __init__(self, number: int = 1_000_000, seed: int = 0, shares: dict[str, float] | None = None):
@@ -597,22 +622,22 @@ class TrainingRows(Sequence):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.number:
             raise IndexError(f"Row {index} of {self.number}.")
-        draws = np.random.default_rng([self.seed, index])
+        rng = np.random.default_rng([self.seed, index])
         kinds, shares = zip(*self.shares.items())
-        kind = kinds[draws.choice(len(kinds), p=np.array(shares) / sum(shares))]
-        inventor = Inventor(draws)
+        kind = kinds[rng.choice(len(kinds), p=np.array(shares) / sum(shares))]
+        inventor = Inventor(rng)
         tasks = inventor.dialogue() if kind == "ask" else [inventor.task(kind)]
         return conversation(tasks, f"{kind}-{index}")
 
 
 def held_out_tasks(kind: str, number: int = 500, seed: int = 0) -> list[Task]:
-    """Tasks about combinations that training never shows, the same for the same seed."""
+    """`number` tasks of a kind about held-out combinations; the same seed gives the same tasks."""
     inventor = Inventor(np.random.default_rng([seed, 1, *kind.encode()]), held_out=True)
     return [inventor.task(kind) for _ in range(number)]
 
 
 def all_sentences(number: int = 3000, seed: int = 0) -> list[str]:
-    """A sample of what the world says, for training a tokenizer."""
+    """About `number` prompts and their answers, to train a tokenizer on."""
     inventor = Inventor(np.random.default_rng([seed, 2]))
     tasks = [inventor.task(kind) for kind in SHARES for _ in range(number // len(SHARES))]
     return [text for task in tasks for text in (task.prompt, task.answer) if text]

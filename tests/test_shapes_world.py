@@ -65,9 +65,9 @@ def test_judge_reads_all_pictures_of_tasks():
 
 @pytest.mark.parametrize("ground", GROUNDS)
 def test_strange_colours_are_far_from_all_that_have_names_and_from_the_ground(ground):
-    draws = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(20):
-        colours = strange_colours(draws, ground)
+        colours = strange_colours(rng, ground)
         named = np.array([*COLOURS.values(), GROUNDS[ground]])
         assert list(colours) == list(COLOURS)
         assert all(np.linalg.norm(named - colour, axis=1).min() > FARTHEST for colour in colours.values())
@@ -83,12 +83,12 @@ def test_things_in_strange_colours_are_where_they_were(ground):
 
 
 def test_judge_reads_pictures_that_are_a_little_soft_and_noisy():
-    draws, inventor = np.random.default_rng(0), Inventor(np.random.default_rng(1))
+    rng, inventor = np.random.default_rng(0), Inventor(np.random.default_rng(1))
     scenes = [inventor.scene(False)[0] for _ in range(60)]
     right = 0
     for scene in scenes:
         pixels = np.asarray(render(scene).filter(ImageFilter.GaussianBlur(0.4)), float)
-        noisy = Image.fromarray(np.clip(pixels + draws.normal(0, 5, pixels.shape), 0, 255).astype(np.uint8))
+        noisy = Image.fromarray(np.clip(pixels + rng.normal(0, 5, pixels.shape), 0, 255).astype(np.uint8))
         right += judge(noisy).triples == scene.triples
     assert right >= 58
 

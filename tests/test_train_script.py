@@ -1,6 +1,6 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`train.py`: its settings, its sources, its configs; and that a run which is killed ends like one which is not."""
+"""`bagel train`: its settings, its sources, its configs; and that a run which is killed ends like one which is not."""
 
 import json
 import os
@@ -256,7 +256,7 @@ def dying_save(*arguments, **settings):  # called several times per checkpoint: 
     save(*arguments, **settings)
 
 torch.save = dying_save
-trainer = train.training.BagelTrainer
+trainer = train.BagelTrainer
 step = trainer.training_step
 
 def dying_step(self, *arguments, **settings):

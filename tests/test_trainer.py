@@ -19,16 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
+from bagel.training import trainer as trainer_module
+from bagel.training.arguments import BagelTrainingArguments
+from bagel.training.checkpoints import last_complete_checkpoint, why_incomplete
 from bagel.training.data import DataSource, PackedDataset
 from bagel.training.latent_cache import LatentCache, picture_key
 from bagel.training.metering import Meter, matrices, pack_flops
 from bagel.training.pictures import contact_sheet, plot_losses, track_picture
-from bagel.training.trainer import (
-    BagelTrainer,
-    BagelTrainingArguments,
-    last_complete_checkpoint,
-    why_incomplete,
-)
+from bagel.training.trainer import BagelTrainer
 
 
 pytest.importorskip("torchdata")
@@ -608,18 +606,18 @@ def test_evaluation_says_the_same_twice_and_does_not_touch_training(tmp_path):
     assert first["eval_loss"] == pytest.approx(first["eval_ce"] + first["eval_mse"])
 
 
-def test_pictures_are_drawn_with_the_averaged_weights_on_a_sheet(tmp_path, repo):
+def test_pictures_are_drawn_with_the_averaged_weights_on_a_sheet(tmp_path, repo, monkeypatch):
     prompts = [{"text": "draw red"}, {"text": "make it blue", "image": str(repo / "assets" / "cat.jpg")}]
     options = {"num_timesteps": 3, "height": 32, "width": 32}
     settings = {"sample_prompts": prompts, "sample_options": json.dumps(options), "sample_steps": 2, "ema_decay": 0.9}
     trainer = trainer_of_rows(tmp_path, **settings)
-    draw, drawn_with = trainer._draw, []
+    draw, drawn_with = trainer_module.draw_prompt, []
 
-    def spy(*args):
+    def spy(*args, **options):
         drawn_with.append(trainer.model.llm2vae.weight.detach().clone())
-        return draw(*args)
+        return draw(*args, **options)
 
-    trainer._draw = spy
+    monkeypatch.setattr(trainer_module, "draw_prompt", spy)
     trainer.train()
     assert Image.open(tmp_path / "samples" / "step-2.png").size[0] > 1000
     assert len(drawn_with) == 2 and not torch.equal(drawn_with[0], trainer.model.llm2vae.weight)

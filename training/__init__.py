@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: streams of rows to packs, and a `Trainer` for them. Needs the extra `train`."""
 
+from .arguments import BagelTrainingArguments
 from .data import (
     DataSource,
     PackedDataset,
@@ -10,7 +11,7 @@ from .data import (
     t2i_parquet,
     vlm_jsonl,
 )
-from .trainer import BagelTrainer, BagelTrainingArguments
+from .trainer import BagelTrainer
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the VAE makes of pictures, kept in memory for training: the VAE is frozen, so a picture that comes again in a
-later epoch need not be encoded again. Knows tensors, not the model.
+"""VAE posteriors of training images, kept in memory: the VAE is frozen, so an image that comes again in a later epoch
+need not be encoded again. It knows tensors, not the model.
 """
 
 import hashlib
@@ -16,14 +16,16 @@ Posterior = tuple[torch.Tensor, torch.Tensor]  # mean and standard deviation, (z
 
 class LatentCache:
     """
-    Posteriors by the pixels of their pictures; noise is still drawn anew every time.
+    A bounded store of posteriors, found by the pixels of their images. Latents are still sampled anew from them.
 
-    New pictures are encoded in groups whose size depends on theirs alone, so what is kept does not depend on the
-    pictures beside it. What came first stays: with a cache smaller than the data, epochs that read in the same order
-    would find nothing in one that forgets the oldest.
+    Images that are not stored are encoded in groups of one size, filled up with zeros, whose number follows from that
+    size: so a posterior does not depend, through rounding, on which images are encoded together.
+
+    Nothing stored is ever replaced. With a store smaller than the data set, epochs in the same order would never find
+    an image again if the oldest were replaced.
 
     Args:
-        max_bytes: of the posteriors; further pictures are encoded whenever they come.
+        max_bytes: of all stored posteriors; images beyond are encoded whenever they come.
     """
 
     def __init__(self, max_bytes: float):
@@ -36,7 +38,7 @@ class LatentCache:
     def posteriors(
         self, images: Sequence[torch.Tensor], encode: Callable[[Sequence[torch.Tensor]], list[Posterior]]
     ) -> list[Posterior]:
-        """Mean and standard deviation of every image (3, h, w); `encode` makes those that are not kept yet."""
+        """Mean and standard deviation for every image (3, h, w); `encode` makes those that are not stored."""
         keys = [picture_key(image) for image in images]
         new = {key: image for key, image in zip(keys, images) if key not in self.kept}
         found = {key: self.kept[key] for key in keys if key in self.kept}
@@ -56,7 +58,7 @@ class LatentCache:
 
 
 def picture_key(image: torch.Tensor) -> bytes:
-    """The same for the same pixels in the same shape and type."""
+    """A digest of pixels, shape and dtype."""
     digest = hashlib.blake2b(f"{image.dtype} {tuple(image.shape)}".encode(), digest_size=16)
     digest.update(image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.digest()

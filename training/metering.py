@@ -1,6 +1,9 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run measures of its packs: errors, tokens, time, FLOPs. It knows packs and modules, no trainer."""
+"""What a training run measures of its packs: errors, tokens, time, FLOPs. It knows packs and modules, no trainer.
+
+`ce` is the cross-entropy of text labels, `mse` the squared error of the velocity of noisy latent tokens.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -12,13 +15,19 @@ from ..configuration_bagel import gen_name, is_gen_name
 
 
 class Meter:
-    """Sums over the packs since the last log: errors and their counts, tokens, packs; and the time they took."""
+    """
+    Sums over the packs since the last log: errors and their counts, tokens, packs; and the time they took.
+
+    Args:
+        sums: to continue with, (names,), from a checkpoint. Its `timed_` entries are dropped: they are divided by the
+            seconds of this process, which did not compute them.
+    """
 
     NAMES = ("ce", "labels", "mse", "latents", "tokens", "samples", "packs", "timed_tokens", "timed_flops")
 
     def __init__(self, sums: torch.Tensor | None = None):
         self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64) if sums is None else sums.clone()
-        self._sums[-2:] = 0  # their time is that of another process
+        self._sums[-2:] = 0  # timed_tokens, timed_flops
         self._started, self._paused = time.perf_counter(), 0.0
 
     def add(self, pack: Mapping[str, Any], outputs: Any, reweighting: bool = False) -> None:
@@ -31,22 +40,24 @@ class Meter:
             new |= {"ce": float((ce.detach() * weights).double().sum()), "labels": float(weights.double().sum())}
         if mse is not None:
             new |= {"mse": float(mse.detach().double().mean(-1).sum()), "latents": len(mse)}
-        samples = len(pack["sample_lens"]) - (sum(map(int, pack["sample_lens"])) > tokens)  # the last may be padding
+        samples = len(pack["sample_lens"]) - (sum(map(int, pack["sample_lens"])) > tokens)  # less a padding sample
         new |= {"tokens": tokens, "samples": samples, "packs": 1, "timed_tokens": tokens}
         self._sums += torch.tensor([new[name] for name in self.NAMES], dtype=torch.float64)
 
     def add_flops(self, flops: float) -> None:
+        """Add the FLOPs of a pack (see [`pack_flops`]), counted before it is computed."""
         self._sums[-1] += flops
 
     def pause(self, seconds: float) -> None:
-        """Time that was not spent training."""
+        """Leave out time that was not spent training: evaluation, drawing, saving."""
         self._paused += seconds
 
     def seconds(self) -> float:
+        """Seconds of training since the meter was made."""
         return max(time.perf_counter() - self._started - self._paused, 1e-9)
 
     def sums(self, device: torch.device) -> torch.Tensor:
-        """(names,) to be added over ranks."""
+        """The sums, (names,), to be added up over ranks."""
         return self._sums.to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
 
     @classmethod
@@ -54,11 +65,13 @@ class Meter:
         cls, sums: Sequence[float], capacity: int | None, seconds: float, peak: float | None = None
     ) -> dict[str, float]:
         """
-        What is logged: true means, whatever packs and ranks the errors were spread over.
+        What is logged: means over all labels and latent tokens, not means of the packs' means.
 
         Args:
-            sums: of all ranks. capacity: tokens that a pack may have. seconds: that they took. peak: FLOP/s of all
-                devices.
+            sums: added up over all ranks, (names,).
+            capacity: the most tokens that a pack may have, for `fill`.
+            seconds: of training, for the rates.
+            peak: FLOP/s of all devices together, for `mfu`.
         """
         sums, means = dict(zip(cls.NAMES, sums)), {}
         if sums["labels"]:
@@ -76,14 +89,14 @@ class Meter:
 
 def matrices(model: torch.nn.Module) -> dict[str, int]:
     """
-    Weights of the linear maps, by what goes through them: "und" and "gen" tokens, "all" of them, "vit" tokens, "latent"
-    tokens on their way in, and where something is learned "labels" and "velocities". Adapters count with what they
-    adapt.
+    How many weights the linear layers have, by the tokens that pass through them: "und" and "gen" tokens, "all" tokens,
+    "vit" tokens, "latent" tokens before the decoder, and of the two heads "labels" and "velocities". Adapters count
+    with the layers that they adapt.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     names, sums = set(linears), dict.fromkeys(("und", "gen", "all", "vit", "latent", "labels", "velocities"), 0)
     for name, module in linears.items():
-        if is_in(name, "vae") or is_in(name, "original_module"):  # the latter: what PEFT keeps beside its copy
+        if is_in(name, "vae") or is_in(name, "original_module"):  # PEFT's unused copy of a module
             continue
         kind = "all"
         if is_in(name, "vit_model") or is_in(name, "connector"):
@@ -104,9 +117,9 @@ def matrices(model: torch.nn.Module) -> dict[str, int]:
 
 def pack_flops(pack: Mapping[str, Any], matrices: Mapping[str, int], config: Any) -> float:
     """
-    Model FLOPs of a training step on a pack: `6 * weights * tokens`, every weight with the tokens that pass it, and
-    `12 * layers * width * sum(length ** 2)` for attention, as in the released training script. Frozen weights count
-    like trained ones; the frozen VAE is not counted.
+    Model FLOPs of a training step on a pack, counted as in the released training script: `6 * weights * tokens`, each
+    weight with the tokens that pass through it, and `12 * layers * width * sum(length ** 2)` for attention. Frozen
+    weights count like trained ones; the frozen VAE is not counted.
     """
     text, vision = config.text_config, config.vision_config
     tokens = int(pack["sequence_length"])
@@ -127,8 +140,15 @@ def pack_flops(pack: Mapping[str, Any], matrices: Mapping[str, int], config: Any
     return flops
 
 
+def count_targets(pack: Mapping[str, Any], reweighting: bool) -> torch.Tensor:
+    """(2,): text labels of a pack (with `reweighting` the sum of their weights), and its noisy latent tokens."""
+    weights = pack.get("ce_loss_weights") if reweighting else None
+    labels = count_entries(pack.get("ce_loss_indexes")) if weights is None else weights.sum()
+    return torch.tensor([float(labels), float(count_entries(pack.get("mse_loss_indexes")))])
+
+
 def count_entries(index: torch.Tensor | None) -> int:
-    """Entries of an index, which released packs also give as a bool mask."""
+    """Entries of an index; released packs give some as a bool mask instead."""
     if index is None:
         return 0
     return int(index.sum()) if index.dtype == torch.bool else index.numel()
@@ -140,6 +160,6 @@ def is_in(name: str, part: str) -> bool:
 
 
 def gen_siblings(name: str) -> set[str]:
-    """What the generation expert's counterpart may be called."""
+    """Names that the gen expert's counterpart of a parameter or module of the und expert could have."""
     parts = name.split(".")
     return {".".join([*parts[:i], gen_name(parts[i]), *parts[i + 1 :]]) for i in range(len(parts))}

@@ -1,10 +1,11 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a training run: a sheet of what it draws, and its loss curves; and the trackers they go to."""
+"""Pictures of a training run: what it draws for sample prompts, as a sheet, and its loss curves; and the trackers."""
 
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -14,9 +15,40 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+LOSS_CURVE = "loss_curve.png"
+
+
+def draw_prompt(
+    model: Any, processor: Any, prompt: Mapping[str, Any], seed: int, **options: Any
+) -> tuple[str, Image.Image | None, Image.Image]:
+    """
+    What a model draws for a sample prompt, as a row of `contact_sheet`.
+
+    Args:
+        prompt: `text`, and optionally the `image` to edit (a file or a PIL image).
+        seed: of the initial noise. options: arguments of `generate`.
+
+    Returns:
+        The text, the image that was edited or `None`, the image that was drawn.
+    """
+    text, image = prompt["text"], prompt.get("image")
+    image = Image.open(image) if isinstance(image, str | os.PathLike) else image
+    image = None if image is None else ImageOps.exif_transpose(image).convert("RGB")
+    content = [] if image is None else [{"type": "image", "image": image}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        generation_mode="image",
+    ).to(model.device)
+    generator = torch.Generator().manual_seed(seed)
+    options = {"progress_bar": False, **options}
+    return text, image, model.generate(**inputs, generation_mode="image", generator=generator, **options)[0]
+
 
 def contact_sheet(rows: Sequence[tuple[str, Image.Image | None, Image.Image]], title: str) -> Image.Image:
-    """Cells of four a row: the picture that went in, if any, the one that came out, and the prompt below."""
+    """A sheet with four cells a row: the image that was edited, if any, the one that was drawn, the prompt below."""
     cell, gap, text_height, columns = 256, 16, 56, min(4, max(1, len(rows)))
     with_inputs = any(image is not None for _, image, _ in rows)
     width = (2 * cell + gap if with_inputs else cell) + gap
@@ -27,15 +59,15 @@ def contact_sheet(rows: Sequence[tuple[str, Image.Image | None, Image.Image]], t
     pen.text((gap, gap), title, fill="black", font=large)
     for number, (text, before, after) in enumerate(rows):
         left, top = gap + number % columns * width, text_height + gap + number // columns * height
-        for place, image in enumerate(one for one in (before, after) if one is not None):
-            sheet.paste(ImageOps.contain(image, (cell, cell)), (left + place * (cell + gap), top))
+        for column, image in enumerate(one for one in (before, after) if one is not None):
+            sheet.paste(ImageOps.contain(image, (cell, cell)), (left + column * (cell + gap), top))
         wrapped = textwrap.wrap(text, (width - gap) // 8, max_lines=3, placeholder=" ...")
         pen.multiline_text((left, top + cell + 4), "\n".join(wrapped), fill="black", font=small)
     return sheet
 
 
 def track_picture(callbacks: Sequence[TrainerCallback], picture: Image.Image, step: int) -> None:
-    """Hand a picture to the trackers among the callbacks that take pictures: TensorBoard and Weights & Biases."""
+    """Log a picture with the callbacks of TensorBoard and Weights & Biases, where they are in use."""
     for callback in callbacks:
         if (writer := getattr(callback, "tb_writer", None)) is not None:
             pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
@@ -45,7 +77,12 @@ def track_picture(callbacks: Sequence[TrainerCallback], picture: Image.Image, st
 
 
 def plot_losses(history: Sequence[Mapping[str, float]], file: str | os.PathLike) -> bool:
-    """Loss, ce and mse over steps, of training and of evaluations; `False` without matplotlib or anything to plot."""
+    """
+    Save a plot of loss, ce and mse over steps, of training and of evaluations.
+
+    Returns:
+        `False` if nothing was saved: matplotlib is not installed, or `history` holds no losses.
+    """
     curves = {}
     for log in history:
         for name in ("loss", "ce", "mse", "eval_loss", "eval_ce", "eval_mse"):

@@ -1,14 +1,15 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Trains BAGEL from the shell: settings from a YAML file, each of which the command line can override.
+"""`bagel train`: trains BAGEL with settings from a YAML file, any of which the command line can override.
 
-    bagel train --config configs/stage2.yaml --model_name_or_path path/to/BAGEL-7B-MoT --output_dir outputs/mine
-    accelerate launch -m bagel train --config configs/lora.yaml --learning_rate 1e-5
+    bagel train --config configs/lora.yaml --model_name_or_path path/to/BAGEL-7B-MoT --output_dir outputs/mine
+    torchrun --standalone --nproc_per_node 8 -m bagel train --config configs/stage2.yaml
+    accelerate launch -m bagel train --config configs/stage2.yaml --learning_rate 1e-5
 
-A script over `trainer.py` and `data.py`; `bagel train --help` lists the arguments, and a file may hold any of
-them by name.
+`bagel train --help` lists the arguments; a file may hold any of them by name.
 """
 
+import argparse
 import difflib
 import importlib
 import json
@@ -17,7 +18,7 @@ import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -28,14 +29,17 @@ from ..lora_bagel import lora_targets
 from ..modeling_bagel import BagelForUnifiedMultimodal
 from ..processing_bagel import BagelProcessor
 from . import data
-from . import trainer as training
-from .pictures import plot_losses
+from .arguments import BagelTrainingArguments
+from .checkpoints import last_complete_checkpoint
+from .pictures import LOSS_CURVE, plot_losses
+from .trainer import BagelTrainer
 
 
 logger = logging.get_logger(__name__)
 
-# On CPUs a kernel is compiled for every new size, and packs have ever new ones: the usual 1,024 are thrown away before
-# they come again. Read at the first use.
+EXAMPLE = __doc__.split("\n\n")[1]
+# On CPUs oneDNN compiles a kernel for every new size of a matrix, and packs have many sizes. By default it keeps 1,024
+# kernels, so most are dropped before their size comes again. The variable is read at the first use of a kernel.
 ONEDNN_KERNELS = "20000"
 DROPOUTS = ("text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob")
 READERS = {
@@ -48,13 +52,13 @@ SOURCE_FIELDS = {field.name for field in fields(data.DataSource)} - {"rows", "co
 
 @dataclass
 class ModelArguments:
-    """Which model is trained."""
+    """Which model is trained, and how it is loaded."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Model folder or id."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The model to start from: folder or id."})
     stage: int | None = field(default=None, metadata={"help": "1 = understanding only, 2 = joint. Default: as stored."})
     dtype: str = field(
         default="float32",
-        metadata={"help": "Of the weights: float32 (with --bf16 for the computation), bfloat16, auto."},
+        metadata={"help": "Of the weights: float32 (with --bf16 for the computation), bfloat16, or auto (as stored)."},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
     quantization: str | None = field(
@@ -78,19 +82,29 @@ class DataArguments:
         },
     )
     eval_sources: str | None = field(
-        default=None, metadata={"help": "The same, read once per evaluation and without condition dropout."}
+        default=None, metadata={"help": "A list like sources, read once per evaluation and without condition dropout."}
     )
     expected_num_tokens: int | None = field(
-        default=None, metadata={"help": "A pack that has fewer reads on for a sample that fits. Default: 8/9 of max."}
+        default=None,
+        metadata={
+            "help": "A pack with fewer tokens waits for further samples that fit, at most look_ahead of them. Default: "
+            "8/9 of max_num_tokens."
+        },
     )
-    max_num_tokens: int = field(default=36864, metadata={"help": "No pack has more."})
+    max_num_tokens: int = field(default=36864, metadata={"help": "The most tokens of a pack."})
     max_num_tokens_per_sample: int | None = field(
         default=None, metadata={"help": "A longer sample is skipped. Default: max_num_tokens."}
     )
-    look_ahead: int = field(default=64, metadata={"help": "Samples that wait to be packed."})
-    text_cond_dropout_prob: float | None = field(default=None, metadata={"help": "Default: the model's config."})
-    vit_cond_dropout_prob: float | None = field(default=None, metadata={"help": "Default: the model's config."})
-    vae_cond_dropout_prob: float | None = field(default=None, metadata={"help": "Default: the model's config."})
+    look_ahead: int = field(default=64, metadata={"help": "How many samples wait to be packed."})
+    text_cond_dropout_prob: float | None = field(
+        default=None, metadata={"help": "How often a text of the context is dropped. Default: the model's config."}
+    )
+    vit_cond_dropout_prob: float | None = field(
+        default=None, metadata={"help": "How often ViT tokens of an image are dropped. Default: the model's config."}
+    )
+    vae_cond_dropout_prob: float | None = field(
+        default=None, metadata={"help": "How often VAE tokens of an image are dropped. Default: the model's config."}
+    )
 
     def __post_init__(self):
         for name in ("sources", "eval_sources"):
@@ -100,47 +114,70 @@ class DataArguments:
 
 @dataclass
 class LoraArguments:
-    """Adapters instead of all weights, if `lora_experts` is given."""
+    """LoRA adapters; all weights are trained unless `lora_experts` is given."""
 
     lora_experts: str | None = field(
         default=None, metadata={"help": "Which experts get adapters: und, gen or both. Default: no adapters."}
     )
     lora_r: int = field(default=32, metadata={"help": "Rank."})
-    lora_alpha: float = field(default=64, metadata={"help": "Scale; alpha / r multiplies what an adapter adds."})
+    lora_alpha: float = field(default=64, metadata={"help": "Scale: alpha / r multiplies the output of an adapter."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained whole beside the adapters, e.g. llm2vae vae2llm."}
+        default=None, metadata={"help": "Modules trained in full beside the adapters, e.g. llm2vae vae2llm."}
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "bagel train") -> int:
+    """
+    Train, and save model, training state and loss curve in the output folder.
+
+    Returns:
+        The exit code. 0: done. 1: model or data cannot be used. 2: wrong arguments. stderr has the reason.
+
+    Raises:
+        SystemExit: 0, after `--help`.
+    """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_KERNELS)
     try:
         model_args, data_args, lora_args, args = parse(sys.argv[1:] if arguments is None else arguments)
         checkpoint = checkpoint_to_resume(args)
     except ValueError as error:
-        print(f"bagel train: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    try:
+        trainer = prepare(model_args, data_args, lora_args, args)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 1
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        plot_losses(trainer.state.log_history, Path(args.output_dir) / LOSS_CURVE)
+    trainer.end()
+    return 0
+
+
+def prepare(
+    model_args: ModelArguments, data_args: DataArguments, lora_args: LoraArguments, args: BagelTrainingArguments
+) -> BagelTrainer:
+    """
+    The trainer with model and data, ready to train.
+
+    Raises:
+        OSError, ValueError, ImportError: model or data cannot be read, do not fit, or need a package.
+    """
     set_seed(args.seed)
     model, processor = load(model_args)
     if lora_args.lora_experts is not None:
         model = with_adapters(model, lora_args, args, model_args.quantization)
     common = (data_args, processor, model.config, args)
-    if args.max_steps <= 0:  # every process counts the packs of the first, so that all agree
+    if args.max_steps <= 0:  # every process plans the packs of rank 0, so that all agree on the number
         args.max_steps = steps_of_epochs(packed(data_args.sources, *common, epochs=1, rank=0), args)
     train_data, eval_data = packed(data_args.sources, *common), None
     if data_args.eval_sources:
         eval_data = packed(data_args.eval_sources, *common, epochs=1, dropout=False)
-    trainer = training.BagelTrainer(
-        model, args, train_dataset=train_data, eval_dataset=eval_data, processing_class=processor
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        plot_losses(trainer.state.log_history, Path(args.output_dir) / training.LOSS_CURVE)
-    trainer.end()
-    return 0
+    return BagelTrainer(model, args, train_dataset=train_data, eval_dataset=eval_data, processing_class=processor)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -154,15 +191,19 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, LoraArgu
     Raises:
         ValueError: the file or the command line holds unknown names, or values that do not go together.
     """
-    groups = (ModelArguments, DataArguments, LoraArguments, training.BagelTrainingArguments)
-    parser = HfArgumentParser(groups, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = _Parser(
+        (ModelArguments, DataArguments, LoraArguments, BagelTrainingArguments),
+        prog="bagel train",
+        description="Train BAGEL with settings from a YAML file and the command line, which wins over the file.",
+        epilog=f"examples:\n{EXAMPLE}",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", help="YAML file with arguments")
     known = {action.dest for action in parser._actions} - {"help", "config"}
     config = parser.parse_known_args(arguments)[0].config
     if config is not None:
-        values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"{config} must hold `name: value` lines, not a {type(values).__name__}.")
+        values = _read_yaml(config)
         _refuse_unknown(config, list(values), known)
         parser.set_defaults(**values)
     *parsed, _, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
@@ -171,6 +212,27 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, LoraArgu
         raise ValueError(f"The command line holds {' '.join(unknown)}, which belongs to no argument.")
     _check_together(*parsed)
     return tuple(parsed)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of the examples as they are."""
+
+
+class _Parser(HfArgumentParser):
+    """Wrong arguments are a `ValueError`: one line instead of the usage of all 150 arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold `name: value` lines, not a {type(values).__name__}.")
+    return values
 
 
 def _refuse_unknown(where: str, names: list[str], known: set[str]) -> None:
@@ -202,14 +264,15 @@ def _check_together(model_args: ModelArguments, data_args: DataArguments, lora_a
 
 def checkpoint_to_resume(args: Any) -> str | bool | None:
     """
-    `auto`: the last complete checkpoint if there is one. `true`: there must be one. Otherwise its path.
+    What `--resume_from_checkpoint` means. `auto`: the last complete checkpoint, or a fresh start if there is none.
+    `true`: the last complete one, which must exist. Otherwise a path.
 
     Raises:
-        ValueError: checkpoints of another run would be mixed with those of this one.
+        ValueError: a fresh start would mix its checkpoints with those of an earlier run.
     """
     wanted = args.resume_from_checkpoint
     if wanted == "auto":
-        found = training.last_complete_checkpoint(args.output_dir)
+        found = last_complete_checkpoint(args.output_dir)
         return None if found is None else str(found)
     if wanted is None and (there := sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*"))):
         raise ValueError(
@@ -224,7 +287,7 @@ def checkpoint_to_resume(args: Any) -> str | bool | None:
 
 
 def load(args: ModelArguments) -> tuple[Any, Any]:
-    """Model and processor, run by this repository's code."""
+    """Model and processor, with the code of this package (not with the code in the model's folder)."""
     settings = {"stage": args.stage, "attn_implementation": args.attn_implementation}
     settings = {name: value for name, value in settings.items() if value is not None}
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -246,7 +309,7 @@ def load(args: ModelArguments) -> tuple[Any, Any]:
 
 
 def with_adapters(model: Any, args: LoraArguments, training_args: Any, quantization: str | None) -> Any:
-    """The model with LoRA adapters on the chosen experts; nothing else is trained but `modules_to_save`."""
+    """The model with LoRA adapters on the chosen experts; only they and `modules_to_save` are trained."""
     try:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     except ImportError as error:
@@ -283,7 +346,17 @@ def packed(
     dropout: bool = True,
     rank: int | None = None,
 ) -> Any:
-    """Packs of the sources, endless by default; `rank` stands in for that of this process."""
+    """
+    Packs of the sources.
+
+    Args:
+        epochs: passes over each source; `None` = endless.
+        dropout: `False` drops no condition.
+        rank: whose packs; by default this process's.
+
+    Raises:
+        ValueError: the processor is that of another model, or a source is wrong.
+    """
     processor.check_model(config)
     dropouts = {name: getattr(args, name) if dropout else 0.0 for name in DROPOUTS}
     return data.PackedDataset(
@@ -307,7 +380,7 @@ def source(entry: dict) -> Any:
     A `DataSource` from an entry of `sources`.
 
     Raises:
-        ValueError: an unknown format, or settings that this format has no use for.
+        ValueError: an unknown format, missing files, or settings that this format does not have.
     """
     rest = dict(entry)
     kind = str(rest.pop("format", None))
@@ -330,7 +403,7 @@ def source(entry: dict) -> Any:
 
 
 def conversations(files: str | list[str], name: str = "conversations", **settings) -> Any:
-    """Conversations as they are (`messages`, `images`), one per line of .jsonl files or per row of .parquet files."""
+    """Conversations (`messages`, `images`), one per line of .jsonl files or per row of .parquet files."""
     if str(files if isinstance(files, str) else files[0]).endswith(".parquet"):
         return data.DataSource(name, data.StreamedFiles.find("parquet", files, ".parquet"), **settings)
     return data.DataSource(name, data.StreamedFiles.find("text", files, ".jsonl"), _conversation_of_line, **settings)
@@ -341,10 +414,10 @@ def _conversation_of_line(row: dict, rng: Any) -> dict:
 
 
 def steps_of_epochs(one_pass: Any, args: Any) -> int:
-    """Optimizer steps that `num_train_epochs` passes take; for this, one is planned, with no picture decoded."""
+    """Optimizer steps that `num_train_epochs` passes take: one pass is planned, without decoding images, to count."""
     packs = sum(1 for _ in one_pass.plan())
     steps = math.ceil(args.num_train_epochs * packs / args.gradient_accumulation_steps)
-    logger.warning(f"{packs} packs a pass and process: {args.num_train_epochs:g} epochs take {steps} steps.")
+    logger.warning(f"{packs} packs per pass and process: {args.num_train_epochs:g} epochs take {steps} steps.")
     return steps
 
 
