@@ -64,8 +64,6 @@ TEXT_KWARGS = {
     "verbose",
 }
 
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-
 # transformers puts this before a special token of user text that `sanitize_control_tokens=True` makes plain text.
 PLAIN_TEXT_MARK = "\U000f0000"
 
@@ -127,14 +125,30 @@ class BagelProcessor(ProcessorMixin):
         self.latent_token_id = _token_id(tokenizer, self.latent_token)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "BagelProcessor":
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        **kwargs,
+    ) -> "BagelProcessor":
         """As in transformers; what is stored must be true of the model in the same folder, if there is one.
 
         Raises:
             ValueError: `config.json` says something else. Arguments given here count, whatever it says.
         """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        config = stored_model_config(pretrained_model_name_or_path, **kwargs)
+        hub = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+            "revision": revision,
+        }
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **hub, **kwargs)
+        config = stored_model_config(pretrained_model_name_or_path, subfolder=kwargs.get("subfolder", ""), **hub)
         if config is not None:
             processor = loaded[0] if isinstance(loaded, tuple) else loaded
             facts = {name: getattr(config, name) for name in MODEL_FACTS}
@@ -530,11 +544,10 @@ def _last_role(conversation: Sequence[Mapping[str, Any]]) -> str | None:
     return conversation[-1].get("role")
 
 
-def stored_model_config(directory: str | os.PathLike, **kwargs) -> BagelConfig | None:
-    """The config of the model in the folder of a processor, if any; `kwargs` are those of `from_pretrained`."""
+def stored_model_config(directory: str | os.PathLike, **hub) -> BagelConfig | None:
+    """The config of the model in the folder of a processor, if any; `hub`: keywords of `cached_file`."""
     if os.path.isfile(directory):
         directory = os.path.dirname(directory) or "."
-    hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
     file = cached_file(
         directory,
         "config.json",

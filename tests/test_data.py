@@ -245,7 +245,7 @@ def test_what_is_trained_sees_the_context_that_generation_builds(spans: list[str
     from bagel.layout_bagel import Placeholders
 
     special = (PROCESSOR.image_token_id, PROCESSOR.latent_token_id, SEE, CONFIG.vision_end_token_id)
-    positions = Placeholders.of(prompt[None], *special).positions(torch.ones_like(prompt)[None])[0]
+    positions = Placeholders.find(prompt[None], *special).positions(torch.ones_like(prompt)[None])[0]
     assert made["packed_position_ids"][kept].tolist() == positions.tolist()
 
 
