@@ -1,12 +1,13 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in checkpoint files: their headers, the names of their tensors, and whether they fit a model; no modules.
+"""Checkpoint files: their headers, the names of their tensors, and whether they fit a model; defines no modules.
 
-Two layouts exist. The released one has `ema.safetensors`, whose names are ours, and `ae.safetensors`, the VAE under
-names of its own. Ours, written by `save_pretrained`, has everything under module names. Both load, in any mixture.
+Two layouts exist. The released one has `ema.safetensors`, whose names are those of the model's `state_dict`, and
+`ae.safetensors`, the VAE under names of its own. The layout of `save_pretrained` has everything under `state_dict`
+names. Both load, also mixed.
 
-Everything here is decided from file headers, before a tensor is read. "Released name" is a name of `ae.safetensors`,
-"module name" one of the model's `state_dict`.
+Everything here is decided from file headers, before a tensor is read. A "released name" is a name of `ae.safetensors`,
+a "module name" one of the model's `state_dict`.
 """
 
 import copy
@@ -41,7 +42,7 @@ MODEL_FILE = "ema.safetensors"
 VAE_FILE = "ae.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-# Parts of the model by module name; `encoder.` and `decoder.` are the VAE under released names.
+# The parts of a model, by the names of their tensors; `encoder.` and `decoder.` are the VAE under released names.
 PARTS = {
     f"generation expert (*{GEN_SUFFIX})": rf"{GEN_SUFFIX}\.",
     "vision tower and connector": r"^(vit_model|connector|vit_pos_embed)\.",
@@ -51,39 +52,35 @@ PARTS = {
 }
 GEN_EXPERT, VISION, LATENTS, VAE, LANGUAGE = PARTS
 
-# Special ids with a row of their own in the embedding table; the places of pictures need none.
+# Special ids that are looked up in the embedding table; the placeholders of image tokens are not.
 EMBEDDED_IDS = ("bos_token_id", "eos_token_id", "vision_start_token_id", "vision_end_token_id")
 
 # What `BagelModel` does not have.
 HEADS = r"^(language_model\.lm_head|llm2vae)\."
 
-# Tables that older code stored along and that every model computes for itself.
+# Tables that older files store and that every model computes.
 COMPUTED_TABLES = r"rotary_emb\.inv_freq$"
 
-# What the kinds of vision towers know positions by: a table is trained, the rotary ones follow from a formula.
+# Position tables of vision towers: the learned one is trained, the rotary ones follow from a formula.
 LEARNED_TABLE = r"^vit_model\.vision_model\.embeddings\.position_embedding\."
 ROTARY_TABLES = r"^vit_model\.vision_model\.rope\."
 
-ELEMENT_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
-}
+ELEMENT_BYTES = {f"{kind}{8 * size}": size for kind in "UIF" for size in (1, 2, 4, 8)}
+ELEMENT_BYTES |= {"BOOL": 1, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
-# What quantisation leaves alone: all that turns pictures, times and words into features and back (7 % of the released
-# parameters), because its errors are not averaged out by further layers.
+# What quantisation leaves as it is stored: the modules at the inputs and outputs of the decoder (7 % of the released
+# parameters), whose errors no later layer averages out.
 UNQUANTISED = ("vae", "vit_model", "connector", "time_embedder", "vae2llm", "llm2vae", "language_model.lm_head")
 SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # bitsandbytes, most others, HQQ
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One file
+# Headers of single files
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a safetensors file: `dtype` as the format spells it, its bytes are file[begin:end]."""
+    """One tensor of a safetensors file: `dtype` as in the header ("BF16"); its bytes are file[begin:end]."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -92,7 +89,7 @@ class TensorInfo(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor is stored."""
+    """A tensor and the file it is stored in."""
 
     file: Path
     info: TensorInfo
@@ -100,7 +97,7 @@ class StoredTensor(NamedTuple):
 
 def read_header(file: str | os.PathLike) -> dict[str, TensorInfo]:
     """
-    Names, dtypes, shapes and places of the tensors in a safetensors file; reads the header only.
+    Names, dtypes, shapes and offsets of the tensors in a safetensors file; reads the header only.
 
     Raises:
         OSError: the file is absent, truncated or no safetensors file.
@@ -114,28 +111,24 @@ def read_header(file: str | os.PathLike) -> dict[str, TensorInfo]:
         if len(start) == 8 and not 2 <= header_bytes <= MAX_HEADER_BYTES:
             raise _damaged(file, found, f"its first 8 bytes announce a header of {header_bytes} bytes")
         if brace not in (b"", b"{"):
-            raise _damaged(file, found, f"its header starts with {brace}")
+            raise _damaged(file, found, f"its header starts with {brace!r}")
         if found < 8 + header_bytes or len(start) < 8:
             raise _truncated(file, found, f"at least {8 + header_bytes}")
         header = brace + handle.read(header_bytes - 1)
+    end = 8 + header_bytes
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         tensors = {
-            name: TensorInfo(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                *(8 + header_bytes + offset for offset in entry["data_offsets"]),
-            )
+            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *(end + offset for offset in entry["data_offsets"]))
             for name, entry in entries.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, found, "its header is no table of tensors") from error
-    end = 8 + header_bytes
     for name, info in sorted(tensors.items(), key=lambda item: item[1].begin):
         size = ELEMENT_BYTES.get(info.dtype)
         if info.begin != end or (size is not None and info.end - info.begin != size * math.prod(info.shape)):
-            raise _damaged(file, found, f"the place of {name} does not fit its shape {info.shape}")
+            raise _damaged(file, found, f"the bytes of {name} do not fit its shape {info.shape}")
         end = info.end
     if found < end:
         raise _truncated(file, found, str(end))
@@ -144,11 +137,11 @@ def read_header(file: str | os.PathLike) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _truncated(file, found: int, expected: str) -> OSError:
+def _truncated(file: str | os.PathLike, found: int, expected: str) -> OSError:
     return OSError(f"{file} is truncated: {found} bytes found, {expected} expected. Download it again.")
 
 
-def _damaged(file, found: int, why: str) -> OSError:
+def _damaged(file: str | os.PathLike, found: int, why: str) -> OSError:
     return OSError(f"{file} is damaged or no safetensors file: {found} bytes found, but {why}. Download it again.")
 
 
@@ -159,12 +152,12 @@ def _damaged(file, found: int, why: str) -> OSError:
 MID_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
-def vae_names(vae_config: BagelVAEConfig) -> list[tuple[str, str]]:
+def vae_names(vae_config: "BagelVAEConfig | _VAEStructure") -> list[tuple[str, str]]:
     """
     (released name, module name) of every module of the VAE that has parameters.
 
-    The two number the decoder's levels from opposite ends: released `up.0` is the last level, diffusers' `up_blocks.0`
-    the first.
+    Both number the levels of the decoder, but in opposite order: released `up.0` is the last level, `up_blocks.0` of
+    diffusers the first.
     """
     levels = len(vae_config.ch_mult)
     widths = [vae_config.ch * multiplier for multiplier in vae_config.ch_mult]
@@ -174,9 +167,8 @@ def vae_names(vae_config: BagelVAEConfig) -> list[tuple[str, str]]:
         pairs += [(f"{half}.{released}", f"vae.{half}.{ours}") for released, ours in ends.items()]
         for index in (0, 1):
             pairs += _resnet_names(f"{half}.mid.block_{index + 1}", f"vae.{half}.mid_block.resnets.{index}")
-        attention = (f"{half}.mid.attn_1", f"vae.{half}.mid_block.attentions.0")
         for released, ours in {"norm": "group_norm", **MID_ATTENTION}.items():
-            pairs.append((f"{attention[0]}.{released}", f"{attention[1]}.{ours}"))
+            pairs.append((f"{half}.mid.attn_1.{released}", f"vae.{half}.mid_block.attentions.0.{ours}"))
     for level in range(levels):
         down = (f"encoder.down.{level}", f"vae.encoder.down_blocks.{level}")
         up = (f"decoder.up.{level}", f"vae.decoder.up_blocks.{levels - 1 - level}")
@@ -199,7 +191,7 @@ def _resnet_names(released: str, ours: str, has_shortcut: bool = False) -> list[
 
 
 class _VAEStructure(NamedTuple):
-    """What the names depend on; hashable, whichever copy of the config module it came from."""
+    """What the names depend on, as the key of a cache."""
 
     ch: int
     ch_mult: tuple[int, ...]
@@ -207,23 +199,20 @@ class _VAEStructure(NamedTuple):
 
 
 @lru_cache
-def _to_module(structure: _VAEStructure) -> dict[str, str]:
-    return dict(vae_names(structure))
-
-
-@lru_cache
-def _to_released(structure: _VAEStructure) -> dict[str, str]:
-    return {ours: released for released, ours in vae_names(structure)}
+def _translations(structure: _VAEStructure) -> tuple[dict[str, str], dict[str, str]]:
+    """Released names to module names, and back."""
+    pairs = vae_names(structure)
+    return dict(pairs), {ours: released for released, ours in pairs}
 
 
 def to_module_name(released: str, vae_config: BagelVAEConfig) -> str:
-    """The module name of a tensor; a name that the VAE's released files do not have is returned as it is."""
-    return _rename(released, _to_module(_structure(vae_config)))
+    """The module name of a tensor; a name that is not a released name of the VAE is returned unchanged."""
+    return _rename(released, _translations(_structure(vae_config))[0])
 
 
 def to_released_name(module_name: str, vae_config: BagelVAEConfig) -> str:
-    """The inverse of [`to_module_name`]: names outside the VAE are returned as they are."""
-    return _rename(module_name, _to_released(_structure(vae_config)))
+    """The inverse of [`to_module_name`]; names outside the VAE are returned unchanged."""
+    return _rename(module_name, _translations(_structure(vae_config))[1])
 
 
 def to_module_shape(module_name: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -233,7 +222,7 @@ def to_module_shape(module_name: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def to_released_shape(module_name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The inverse of [`to_module_shape`]; also takes the module name."""
+    """The inverse of [`to_module_shape`], which takes the module name, too."""
     shape = tuple(shape)
     return (*shape, 1, 1) if _is_mid_linear(module_name) and len(shape) == 2 else shape
 
@@ -251,75 +240,47 @@ def _is_mid_linear(module_name: str) -> bool:
     return re.fullmatch(r"vae\.(en|de)coder\.mid_block\.attentions\.0\.to_\w+(\.0)?\.weight", module_name) is not None
 
 
-def vae_facts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What the tensors of a VAE say about its config, by released names; empty where they are no such VAE."""
-    first, last = shapes.get("encoder.conv_in.weight"), shapes.get("decoder.conv_out.weight")
-    latent = shapes.get("decoder.conv_in.weight")
-    levels = count_members(shapes, r"encoder\.down\.")
-    widths = [shapes.get(f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)]
-    if not (first and last and latent and levels and all(widths)):
-        return {}
-    return {
-        "z_channels": latent[1],
-        "downsample": 2 ** (levels - 1),
-        "in_channels": first[1],
-        "out_ch": last[0],
-        "ch": first[0],
-        "ch_mult": [width[0] // first[0] for width in widths],
-        "num_res_blocks": count_members(shapes, r"encoder\.down\.0\.block\."),
-    }
-
-
-def count_members(names: Iterable[str], prefix: str) -> int:
-    """How many members a list of modules has, from the names of their tensors."""
-    found = (re.match(rf"{prefix}(\d+)\.", name) for name in names)
-    return len({match[1] for match in found if match})
-
-
 class PointwiseConvToLinear(ConversionOps):
-    """(C, C, 1, 1) -> (C, C); a linear weight stays what it is."""
+    """(C, C, 1, 1) -> (C, C); a linear weight is unchanged."""
 
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        weight = _only(input_dict)
-        return {target_patterns[0]: weight.flatten(1) if weight.ndim == 4 else weight}
+    def convert(self, input_dict: dict, source_patterns: list, target_patterns: list, **kwargs: Any) -> dict:
+        (weights,) = input_dict.values()
+        return {target_patterns[0]: self.reshaped(weights[0] if isinstance(weights, list) else weights)}
+
+    def reshaped(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.flatten(1) if weight.ndim == 4 else weight
 
     @property
     def reverse_op(self) -> ConversionOps:
         return LinearToPointwiseConv()
 
 
-class LinearToPointwiseConv(ConversionOps):
+class LinearToPointwiseConv(PointwiseConvToLinear):
     """(C, C) -> (C, C, 1, 1), for `save_pretrained(save_original_format=True)`."""
 
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        weight = _only(input_dict)
-        return {target_patterns[0]: weight[..., None, None] if weight.ndim == 2 else weight}
+    def reshaped(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight[..., None, None] if weight.ndim == 2 else weight
 
     @property
     def reverse_op(self) -> ConversionOps:
         return PointwiseConvToLinear()
 
 
-def _only(input_dict: dict) -> torch.Tensor:
-    (tensors,) = input_dict.values()
-    return tensors[0] if isinstance(tensors, list) else tensors
-
-
 @contextmanager
 def released_vae_names(class_name: str, vae_config: BagelVAEConfig) -> Iterator[None]:
     """
-    While this is open, transformers loads released VAE names into a class; module names go on loading.
+    A context in which transformers loads released VAE names into a class, besides module names.
 
-    Open for one load only: the names depend on the config, and transformers' registry belongs to the whole process.
+    Use it for one load only: the names depend on the config, but transformers' registry is global to the process.
     """
-    transforms = []
+    transforms: list[WeightConverter | WeightRenaming] = []
     for released, ours in vae_names(vae_config):
-        if released.rpartition(".")[2] in MID_ATTENTION:
-            source, target = f"^{re.escape(released)}\\.", f"{ours}."
-            transforms.append(WeightRenaming(source + "bias", target + "bias"))
-            transforms.append(WeightConverter(source + "weight", target + "weight", [PointwiseConvToLinear()]))
-        else:
-            transforms.append(WeightRenaming(f"^{re.escape(released)}\\.", f"{ours}."))
+        source, target = f"^{re.escape(released)}\\.", f"{ours}."
+        if released.rpartition(".")[2] not in MID_ATTENTION:
+            transforms.append(WeightRenaming(source, target))
+            continue
+        transforms.append(WeightRenaming(source + "bias", target + "bias"))
+        transforms.append(WeightConverter(source + "weight", target + "weight", [PointwiseConvToLinear()]))
     register_checkpoint_conversion_mapping(class_name, transforms, overwrite=True)
     try:
         yield
@@ -342,7 +303,8 @@ def checkpoint_files(directory: str | os.PathLike, variant: str | None = None, n
         OSError: there are none, there are only pickles, or an index names a file that is not there.
     """
     folder = Path(directory)
-    single, index = (folder / _with_variant(name, variant) for name in (WEIGHTS_NAME, INDEX_NAME))
+    dot = f".{variant}." if variant else "."
+    single, index = (folder / dot.join(name.rsplit(".", 1)) for name in (WEIGHTS_NAME, INDEX_NAME))
     if named is not None:
         single = index = folder / named
     if single.is_file() and not single.name.endswith(".json"):
@@ -352,18 +314,14 @@ def checkpoint_files(directory: str | os.PathLike, variant: str | None = None, n
     raise OSError(_nothing_to_load(folder, single.name, index.name))
 
 
-def _with_variant(name: str, variant: str | None) -> str:
-    stem, suffix = name.rsplit(".", 1)
-    return f"{stem}.{variant}.{suffix}" if variant else name
-
-
 def _files_of_index(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(f"{index} is no index of weights: it needs a JSON table `weight_map`.") from error
     if absent := [name for name in names if not (index.parent / name).is_file()]:
-        raise OSError(f"{index} names {_some(absent)}, which {_is_are(absent)} not in {index.parent}: download again.")
+        verb = "is" if len(absent) == 1 else "are"
+        raise OSError(f"{index} names {some(absent)}, which {verb} not in {index.parent}: download again.")
     return [index.parent / name for name in names]
 
 
@@ -373,22 +331,22 @@ def _nothing_to_load(folder: Path, single: str, index: str) -> str:
         return f"{folder} is in the released layout. Run `python convert_bagel.py adopt {folder}` once, then load it."
     if pickles := [name for name in present if name.endswith(PICKLES)]:
         return (
-            f"{folder} holds its weights as pickles ({_some(pickles)}). They are refused, because reading a pickle "
+            f"{folder} holds its weights as pickles ({some(pickles)}). They are refused, because reading a pickle "
             f"runs code from the file. Convert them to safetensors (`safetensors.torch.save_file`) as {single}."
         )
     if "adapter_config.json" in present:
         return f"{folder} holds an adapter, no model: load it on its base model, `merge_and_unload()` and save that."
     others = [name for name in present if name.endswith(".safetensors")]
-    return f"{folder} holds no weights: neither {single} nor {index}." + (f" It has {_some(others)}." if others else "")
+    return f"{folder} holds no weights: neither {single} nor {index}." + (f" It has {some(others)}." if others else "")
 
 
 def read_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """All tensors of some files by the names they are stored under; the last file wins, as in transformers."""
+    """All tensors of these files by stored name; of equal names the last file's counts, as in transformers."""
     return {name: StoredTensor(file, info) for file in files for name, info in read_header(file).items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Does it fit?
+# Comparing a checkpoint with a model
 
 
 class ExpectedTensors(NamedTuple):
@@ -398,8 +356,8 @@ class ExpectedTensors(NamedTuple):
     tied: set[str]
 
 
-def expected_tensors(model_class: type[nn.Module], config: PreTrainedConfig) -> ExpectedTensors:
-    """What a model of this config is made of; it is built without memory and without initialising anything."""
+def expected_tensors(model_class: Any, config: PreTrainedConfig) -> ExpectedTensors:
+    """The tensors of a model of this config, which is built on the meta device without initialising anything."""
     with torch.device("meta"), init.no_init_weights(), init.no_tie_weights():
         model = model_class(copy.deepcopy(config))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -407,13 +365,13 @@ def expected_tensors(model_class: type[nn.Module], config: PreTrainedConfig) -> 
 
 
 def ids_outside(ids: Mapping[str, Any], rows: int) -> dict[str, int | list[int]]:
-    """Of a config's values, the special ids that are looked up in an embedding table and lie outside so many rows."""
+    """The special ids among a config's values that lie outside an embedding table of so many rows."""
     found = {name: ids[name] for name in EMBEDDED_IDS if ids[name] is not None}
     return {name: value for name, value in found.items() if max(value if isinstance(value, list) else [value]) >= rows}
 
 
 def switched_off_parts(config: PreTrainedConfig, has_heads: bool = True) -> list[str]:
-    """Patterns of tensors that a checkpoint may hold although a model of this config does not have them."""
+    """Patterns of tensors that a checkpoint may hold although a model of this config is built without them."""
     parts = [] if has_heads else [HEADS]
     if config.text_config.layer_module == "Qwen2DecoderLayer":
         parts.append(PARTS[GEN_EXPERT])
@@ -427,13 +385,13 @@ def switched_off_parts(config: PreTrainedConfig, has_heads: bool = True) -> list
 
 
 def check_tensors(
-    model_class: type[nn.Module],
+    model_class: Any,
     config: PreTrainedConfig,
     tensors: Mapping[str, StoredTensor],
     ignore_mismatched_sizes: bool = False,
 ) -> None:
     """
-    Compare what is stored with what a model of this config consists of.
+    Compare the stored tensors with those of a model of this config.
 
     Raises:
         ValueError: tensors are missing, have other shapes, or belong to another model; one error for all of them.
@@ -451,7 +409,7 @@ def check_tensors(
     if not (missing or foreign or mismatched):
         return
     files = sorted({tensor.file for tensor in tensors.values()})
-    where = f"{files[0].parent} ({_some([file.name for file in files])})" if files else "The checkpoint, an empty file,"
+    where = f"{files[0].parent} ({some([file.name for file in files])})" if files else "The checkpoint, an empty file,"
     problems = [
         *_describe_mismatched(mismatched),
         *_describe_missing(missing, expected.shapes),
@@ -467,36 +425,38 @@ def _foreign(unexpected: Iterable[str], config: PreTrainedConfig, model_class: t
 
 
 def _describe_mismatched(mismatched: Mapping[str, tuple[str, StoredTensor, tuple[int, ...]]]) -> list[str]:
-    problems, hints = [], set()
+    problems: list[str] = []
+    hints: set[str | None] = set()
     for name in sorted(mismatched):
         stored_name, (file, info), expected = mismatched[name]
         problems.append(f"{file}: {stored_name} is {info.shape} in the file, {expected} by the config.")
         hints.add(_shape_hint(name, info.shape, expected))
     if len(problems) > 6:
         problems = [*problems[:5], f"{len(problems) - 5} more tensors have other shapes."]
+    known = sorted(hint for hint in hints if hint)
     if None in hints:
-        hints = {"Is it the config of another checkpoint? ignore_mismatched_sizes=True initialises such tensors anew."}
-    return [*problems[:-1], " ".join([problems[-1], *sorted(hints)])] if problems else []
+        known = ["Is it the config of another checkpoint? ignore_mismatched_sizes=True initialises such tensors anew."]
+    return [*problems, *known]
 
 
 def _shape_hint(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> str | None:
     """The setting that would make a table fit, if one would."""
-    if stored and stored[1:] == expected[1:]:
-        file_rows, rows = stored[0], expected[0]
-        file_side, side = math.isqrt(file_rows), math.isqrt(rows)
-        if re.search(r"embed_tokens|lm_head", name):
-            return (
-                f"vocab_size is {file_rows} in the file and {rows} in the config: load with "
-                f'text_config={{"vocab_size": {file_rows}}}, or set vocab_size in config.json.'
-            )
-        if name.startswith("vit_pos_embed."):
-            return (
-                f"vit_max_num_patch_per_side is {file_side} in the file and {side} in the config: load with "
-                f"vit_max_num_patch_per_side={file_side}, or set it in config.json."
-            )
-        if name.endswith("position_embedding.weight"):
-            return f"image_size of the vision config must be {file_side} patches; it is {side}."
-    return None
+    if not stored or stored[1:] != expected[1:]:
+        return None
+    side, expected_side = math.isqrt(stored[0]), math.isqrt(expected[0])
+    if name.endswith("position_embedding.weight"):
+        return f"image_size of the vision config must be {side} patches; it is {expected_side}."
+    if re.search(r"embed_tokens|lm_head", name):
+        setting, found, configured, override = "vocab_size", stored[0], expected[0], 'text_config={{"vocab_size": {}}}'
+    elif name.startswith("vit_pos_embed."):
+        setting, found, configured = "vit_max_num_patch_per_side", side, expected_side
+        override = "vit_max_num_patch_per_side={}"
+    else:
+        return None
+    return (
+        f"{setting} is {found} in the file and {configured} in the config: load with {override.format(found)}, or set "
+        f"{setting} in config.json."
+    )
 
 
 def _describe_missing(missing: Sequence[str], expected: Iterable[str]) -> list[str]:
@@ -506,21 +466,18 @@ def _describe_missing(missing: Sequence[str], expected: Iterable[str]) -> list[s
     absent = {part for part, names in missing_parts.items() if len(names) == len(expected_parts[part])}
     parts = ", ".join(f"{len(names)} of the {part}" for part, names in missing_parts.items())
     total = sum(map(len, expected_parts.values()))
-    text = f"{len(missing)} of {total} tensors are missing ({parts}): {_some(missing)}."
+    text = f"{len(missing)} of {total} tensors are missing ({parts}): {some(missing)}."
     if LANGUAGE in absent:
         return [f"{text} Is it a checkpoint of another model?"]
     remedies = []
     if VISION in absent:
-        remedies.append(
-            "It was saved without its vision tower: copy these tensors from the base checkpoint, or load with "
-            "visual_und=False."
-        )
+        copying = "copy these tensors from the base checkpoint"
+        remedies.append(f"It was saved without its vision tower: {copying}, or load with visual_und=False.")
     if absent & {GEN_EXPERT, LATENTS}:
-        remedies.append("It cannot draw pictures: load with stage=1 to read only.")
+        remedies.append("It cannot draw images: load with stage=1 to read only.")
     elif VAE in absent:
-        remedies.append(
-            f"Its autoencoder is in {VAE_FILE} of the base checkpoint: copy that, or load with stage=1 to read only."
-        )
+        copying = f"Its autoencoder is in {VAE_FILE} of the base checkpoint: copy that"
+        remedies.append(f"{copying}, or load with stage=1 to read only.")
     if missing_parts.keys() - absent:
         remedies.append("It is incomplete: download it again, or copy these tensors from the base checkpoint.")
     return [" ".join([text, *remedies])]
@@ -529,7 +486,7 @@ def _describe_missing(missing: Sequence[str], expected: Iterable[str]) -> list[s
 def _describe_foreign(foreign: Sequence[str], config: PreTrainedConfig) -> list[str]:
     if not foreign:
         return []
-    text = f"{len(foreign)} tensors are of another model: {_some(foreign)}."
+    text = f"{len(foreign)} tensors are of another model: {some(foreign)}."
     if all(re.search(r"^vit_model\..*\.layers\.\d+\.", name) for name in foreign):
         text += (
             f" The config builds {config.num_vit_layers} vision layers: its num_hidden_layers counts the layers of the "
@@ -550,13 +507,10 @@ def _by_part(names: Iterable[str]) -> dict[str, list[str]]:
     return parts
 
 
-def _some(names: Sequence[str], limit: int = 3) -> str:
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first names, and how many more there are."""
     shown = ", ".join(names[:limit])
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
-
-
-def _is_are(names: Sequence[str]) -> str:
-    return "is" if len(names) == 1 else "are"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -566,7 +520,7 @@ HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "rev
 
 
 def check_checkpoint(
-    model_class: type[nn.Module],
+    model_class: Any,
     path: str | os.PathLike | None,
     config: PreTrainedConfig | str | os.PathLike | None,
     kwargs: Mapping[str, Any],
@@ -615,8 +569,8 @@ def decoder_only(quantization_config: Any) -> Any:
     """
     A copy of a quantisation config that leaves everything but the decoder's layers as it is stored.
 
-    transformers by itself spares only `lm_head`. A list of modules to skip is added to; a method without such a list
-    is returned as it is.
+    transformers by itself spares only `lm_head`. A method's list of modules to skip is extended; a method without such
+    a list is returned unchanged.
     """
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
@@ -635,7 +589,7 @@ def config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
 
 
 def _base_of_adapter(path: str | os.PathLike | None, kwargs: Mapping[str, Any]) -> str | os.PathLike | None:
-    """A folder with nothing but an adapter stands for the model that the adapter names, as in transformers."""
+    """The base model that an adapter names, if the folder holds only that adapter, as in transformers."""
     if path is None or not os.path.isdir(path):
         return path
     adapter = Path(path, kwargs.get("subfolder") or "", "adapter_config.json")
@@ -644,8 +598,14 @@ def _base_of_adapter(path: str | os.PathLike | None, kwargs: Mapping[str, Any]) 
     return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
-def resolve_config(config_class, path, config, overrides, kwargs) -> PreTrainedConfig:
-    """A new config: `config` (an object, a folder), or that of `path`, with `overrides`; `kwargs` may say where."""
+def resolve_config(
+    config_class: type[PreTrainedConfig],
+    path: str | os.PathLike | None,
+    config: PreTrainedConfig | str | os.PathLike | None,
+    overrides: Mapping[str, Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """A new config: `config` (an object or folder), or that of `path`, with `overrides`; `kwargs` as for the Hub."""
     if config is None or isinstance(config, str | os.PathLike):
         source = path if config is None else config
         if source is None:
@@ -659,23 +619,26 @@ def resolve_config(config_class, path, config, overrides, kwargs) -> PreTrainedC
     return overridden
 
 
-def _files_to_check(path, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> list[Path] | None:
+def _files_to_check(
+    path: str | os.PathLike | None, config: PreTrainedConfig, kwargs: Mapping[str, Any]
+) -> list[Path] | None:
+    """The local files whose headers can be compared with the model; `None` = there are none."""
     if path is None or kwargs.get("state_dict") is not None or kwargs.get("gguf_file"):
         return None
     if getattr(config, "quantization_config", None) is not None:
-        return None  # its tensors are those of the quantisation method
+        return None  # names and shapes are those of the quantisation method
     if os.path.isfile(path):
         if str(path).endswith(PICKLES):
             raise OSError(f"{path} is a pickle. Reading it runs code from it, so convert it to safetensors.")
         return [Path(path)]
     folder = Path(path, kwargs.get("subfolder") or "")
     if not os.path.isdir(path) or any(folder.glob("shard-?????-model-*.safetensors")):
-        return None  # on the Hub, or slices of tensors that a distributed run has saved
+        return None  # on the Hub, or tensors in slices, saved by a distributed run
     return checkpoint_files(folder, kwargs.get("variant"), getattr(config, "transformers_weights", None))
 
 
 def _stored_latent_side(config: PreTrainedConfig, tensors: Mapping[str, StoredTensor]) -> int:
-    """`max_latent_size` as the stored table has it: released configs and files are known to disagree."""
+    """`max_latent_size` of the stored table; in released configs and files the two are known to disagree."""
     stored = tensors.get("latent_pos_embed.pos_embed")
     if stored is None or not config.visual_gen:
         return config.max_latent_size
@@ -692,23 +655,20 @@ def _stored_latent_side(config: PreTrainedConfig, tensors: Mapping[str, StoredTe
 def overridden_ids(
     config: PreTrainedConfig, path: str | os.PathLike | None, kwargs: Mapping[str, Any]
 ) -> dict[str, int | list[int] | None]:
-    """Special ids that generation uses and in which `config` differs from the file at `path`."""
+    """Special ids of generation in which `config` differs from the file at `path`."""
     if path is None or not os.path.isdir(path):
         return {}
     stored, _ = type(config).get_config_dict(path, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {
-        name: getattr(config, name)
-        for name in names
-        if getattr(config, name) != stored.get(name, getattr(type(config), name))
-    }
+    before = {name: stored.get(name, getattr(type(config), name)) for name in names}
+    return {name: getattr(config, name) for name in names if getattr(config, name) != before[name]}
 
 
 def refuse_missing_weights(
     model: nn.Module, path: str | os.PathLike | None, info: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> None:
     """
-    After loading: nothing may be missing, foreign, or left without memory.
+    After loading: refuse a model with tensors that are missing, foreign, or still on the meta device.
 
     Args:
         model: as loaded from `path`. info: transformers' loading info. kwargs: the arguments it was loaded with.
@@ -716,29 +676,29 @@ def refuse_missing_weights(
     Raises:
         ValueError: naming the tensors.
     """
-    of_adapter = getattr(model, "_hf_peft_config_loaded", False)  # `info` is its own, and judged
+    of_adapter = getattr(model, "_hf_peft_config_loaded", False)  # `info` is then about the adapter, already checked
     missing = sorted(name for name in info["missing_keys"] if not re.search(ROTARY_TABLES, name))
     problems = [] if of_adapter else _describe_missing(missing, model.state_dict())
     as_stored = getattr(model, "hf_quantizer", None) is None and kwargs.get("key_mapping") is None
     if as_stored and not of_adapter and (foreign := _foreign(info["unexpected_keys"], model.config, type(model))):
         problems += _describe_foreign(foreign, model.config)
     if unfilled := _unfilled(model):
-        problems.append(f"{len(unfilled)} tensors were given no memory while loading: {_some(unfilled)}.")
+        problems.append(f"{len(unfilled)} tensors were given no memory while loading: {some(unfilled)}.")
     if problems:
         source = "The state_dict" if path is None else path
         raise ValueError(" ".join([f"{source} does not hold the model that the config describes.", *problems]))
 
 
 def _unfilled(model: nn.Module) -> list[str]:
-    """Tensors on the meta device that no offload hook brings back from there when they are needed."""
-    unfilled, offloaded = [], set()
+    """Tensors on the meta device that no offload hook loads when they are needed."""
+    unfilled: list[str] = []
+    offloaded: set[str] = set()
     for module_name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         hooks = getattr(hook, "hooks", [hook])
         if module_name.rpartition(".")[0] in offloaded or any(getattr(each, "offload", False) for each in hooks):
             offloaded.add(module_name)
             continue
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if tensor.is_meta:
-                unfilled.append(f"{module_name}.{name}".lstrip("."))
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        unfilled += [f"{module_name}.{name}".lstrip(".") for name, tensor in tensors if tensor.is_meta]
     return unfilled

@@ -1,14 +1,15 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters: which layers they go on, and whether a stored one fits a model; what they compute is PEFT's business.
+"""Adapters: which layers they adapt, and whether a stored one fits a model. Names and shapes only; PEFT computes.
 
-Names and shapes only. A decoder block holds the linear layers of both experts side by side:
+A decoder block has the linear layers of both experts:
 
     self_attn.q_proj  k_proj  v_proj  o_proj          mlp.gate_proj  up_proj  down_proj            und
     self_attn.q_proj_moe_gen  ...  o_proj_moe_gen     mlp_moe_gen.gate_proj  up_proj  down_proj    gen
 
-A list of names does not tell them apart (PEFT compares ends: "q_proj" misses `q_proj_moe_gen`, hits the vision tower,
-and "gate_proj" hits both experts), so [`lora_targets`] writes a pattern of whole names. Only the rest needs PEFT.
+PEFT matches a list of target modules with the ends of module names, which cannot separate the experts: "q_proj" does
+not match `q_proj_moe_gen` but matches the vision tower, "gate_proj" matches both experts. [`lora_targets`] therefore
+returns a regular expression of whole names; it works without PEFT installed, everything else here needs it.
 """
 
 import os
@@ -25,7 +26,7 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
-from .checkpoint_bagel import HUB_KWARGS, read_header, switched_off_parts
+from .checkpoint_bagel import HUB_KWARGS, read_header, some, switched_off_parts
 from .configuration_bagel import EXPERT_SUFFIXES, expert_suffixes, is_gen_name
 
 
@@ -49,8 +50,8 @@ def lora_targets(
 
     Args:
         model_or_config: a BAGEL model (also inside a `PeftModel`) or its config; it says which experts there are.
-        experts: `"und"` handles text and ViT tokens, `"gen"` VAE latents. What both share (the attention of
-            `Qwen2MoEDecoderLayer`, everything of `Qwen2DecoderLayer`) counts as `"und"`, as its names do.
+        experts: `"und"` handles text and ViT tokens, `"gen"` VAE latents. Layers that both share (the attention of
+            `Qwen2MoEDecoderLayer`, everything of `Qwen2DecoderLayer`) belong to `"und"`, as their names do.
         parts: `"attention"` (q, k, v, o projections), `"mlp"` (gate, up, down projections), or both.
 
     Returns:
@@ -94,7 +95,7 @@ def _layer_module(model_or_config: nn.Module | PreTrainedConfig) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Does a stored adapter fit?
+# Comparing a stored adapter with a model
 
 
 class Mismatch(NamedTuple):
@@ -112,8 +113,8 @@ def check_adapter(model: nn.Module, adapter: str | os.PathLike, **hub_kwargs) ->
     `model.load_adapter` calls this. `PeftModel.from_pretrained` cannot, and changes the model before it looks at the
     weights, so call it there yourself: `PeftModel.from_pretrained(model, check_adapter(model, path))`.
 
-    Tensors of parts that the model is built without (`stage=1`: the generation expert) are ignored, as those of a
-    checkpoint are; an adapter of such a smaller model fits the whole one. A base of another name gets a warning.
+    Tensors of parts that the model is built without (`stage=1`: the generation expert) are ignored, like those of a
+    checkpoint; an adapter of such a smaller model fits the joint model. A base of another name gives a warning.
 
     Args:
         model: the base, with or without adapters, quantised or not. adapter: a folder, or a name on the Hub.
@@ -134,9 +135,14 @@ def check_adapter(model: nn.Module, adapter: str | os.PathLike, **hub_kwargs) ->
 
 def check_adapter_tensors(model: nn.Module, peft_config: Any, shapes: Mapping[str, Sequence[int]], source: str) -> None:
     """
-    As [`check_adapter`], for an adapter at hand: its `PeftConfig` and its tensors' shapes by stored name.
+    As [`check_adapter`], for an adapter that is already read.
 
-    `source` is what messages call it.
+    Args:
+        model: the base. peft_config: the adapter's `PeftConfig`. shapes: of its tensors, by stored name.
+        source: the adapter's name in messages.
+
+    Raises:
+        ValueError: as [`check_adapter`].
     """
     base = _layer_sizes(model)
     shapes = {name.removeprefix(PEFT_PREFIX): tuple(shape) for name, shape in shapes.items()}
@@ -146,7 +152,7 @@ def check_adapter_tensors(model: nn.Module, peft_config: Any, shapes: Mapping[st
         raise ValueError(
             f"{source} holds nothing for this model: "
             + (
-                f"its {len(shapes)} tensors are for parts that this model is built without ({_some(list(shapes))}). "
+                f"its {len(shapes)} tensors are for parts that this model is built without ({some(list(shapes), 2)}). "
                 "Load the joint model (stage=2)."
                 if shapes
                 else "it holds no tensors at all. Save it again."
@@ -204,7 +210,9 @@ def _adapter_folder(adapter: str | os.PathLike, subfolder: str | None = None, **
         )
     if ADAPTER_CONFIG in absent and "config.json" in present:
         raise OSError(f"{folder} holds a model, no adapter: load it with AutoModel.from_pretrained.")
-    raise OSError(f"{folder} holds no adapter: {' and '.join(absent)} not found. It has {_some(present) or 'nothing'}.")
+    raise OSError(
+        f"{folder} holds no adapter: {' and '.join(absent)} not found. It has {some(present, 2) or 'nothing'}."
+    )
 
 
 _LORA_TENSOR = re.compile(r"(?P<layer>.+)\.lora_(embedding_)?(?P<kind>A|B|magnitude_vector)(\.weight|\.bias)?")
@@ -220,27 +228,31 @@ def _compare(
     foreign, mismatched = [], []
     for name, shape in stored.items():
         match = _LORA_TENSOR.fullmatch(name) if is_lora else None
-        if match is None:  # `modules_to_save` is stored under its own name
-            if name in own:
-                if own[name] != shape:
-                    mismatched.append(Mismatch(name, shape, own[name]))
-            elif is_lora and ".token_adapter." not in name:
-                foreign.append(name)
-        elif match["layer"] not in base:
+        if match is not None:
+            needed = _needed_shape(match["kind"], shape, base.get(match["layer"]))
+        else:  # `modules_to_save` is stored under its own name
+            needed = own.get(name, shape if not is_lora or ".token_adapter." in name else None)
+        if needed is None:
             foreign.append(name)
-        else:
-            features_out, features_in = base[match["layer"]]
-            takes_in = match["kind"] == "A"
-            if shape[-1 if takes_in else 0] != (features_in if takes_in else features_out):
-                needed = ("r", features_in) if takes_in else (features_out, "r")[: len(shape)]
-                mismatched.append(Mismatch(name, shape, needed))
+        elif needed != shape:
+            mismatched.append(Mismatch(name, shape, needed))
     return foreign, mismatched
+
+
+def _needed_shape(kind: str, shape: tuple[int, ...], sizes: tuple[int, int] | None) -> tuple[int | str, ...] | None:
+    """The shape that a layer of these (out, in) features needs of a LoRA tensor; `shape` itself if it fits."""
+    if sizes is None:
+        return None
+    features_out, features_in = sizes
+    if kind == "A":
+        return shape if shape[-1] == features_in else ("r", features_in)
+    return shape if shape[0] == features_out else (features_out, "r")[: len(shape)]
 
 
 def _unfilled(targeted: set[str], stored: Mapping[str, tuple[int, ...]]) -> list[str]:
     """
-    Targeted layers without tensors. A whole expert or tower without any is fine: an adapter of a model that lacks it
-    leaves it as it is (PEFT puts neutral layers there, if the targets are a list of ends).
+    Targeted layers without tensors. An expert or tower without any tensor is allowed: the adapter is then of a model
+    without that part and leaves it unchanged (PEFT adds layers that compute zero if the targets are a list of ends).
     """
     filled = {match["layer"] for name in stored if (match := _LORA_TENSOR.fullmatch(name))}
     parts: dict[tuple[str, bool], set[str]] = {}
@@ -250,7 +262,7 @@ def _unfilled(targeted: set[str], stored: Mapping[str, tuple[int, ...]]) -> list
 
 
 def _switched_off(model: nn.Module) -> re.Pattern:
-    """Tensors that may be there although the model is built without their part."""
+    """Matches the tensors of parts that the model is built without."""
     return re.compile("|".join(switched_off_parts(model.config)) or r"(?!)")
 
 
@@ -265,7 +277,7 @@ def _targets(peft_config: Any, name: str) -> bool:
 
 
 def _bare_name(name: str) -> str | None:
-    """The name without PEFT's wrappers, or `None` for what PEFT added."""
+    """A module's or tensor's name without PEFT's wrappers; `None` for those that PEFT added."""
     parts = name.removeprefix(PEFT_PREFIX).split(".")
     if any(part.startswith("lora_") or part in ("modules_to_save", "token_adapter") for part in parts):
         return None
@@ -273,7 +285,7 @@ def _bare_name(name: str) -> str | None:
 
 
 def _layer_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(features out, features in) of linear and embedding layers by bare name; of quantised ones too."""
+    """(features out, features in) of linear and embedding layers, also quantised ones, by name without wrappers."""
     sizes = {}
     for name, module in model.named_modules():
         bare = _bare_name(name)
@@ -301,11 +313,7 @@ def _shape(shape: tuple[int | str, ...]) -> str:
 def _layers(names: Sequence[str]) -> str:
     found = sorted({int(match[1]) for name in names if (match := re.search(r"\.layers\.(\d+)\.", name))})
     numbers = f"{found[0]} to {found[-1]}" if len(found) > 1 else "".join(map(str, found))
-    return (f" (decoder layer {numbers})" if numbers else "") + f": {_some(names)}"
-
-
-def _some(names: Sequence[str], limit: int = 2) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return (f" (decoder layer {numbers})" if numbers else "") + f": {some(names, 2)}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -316,7 +324,7 @@ class BagelAdapterMixin:
     """
     transformers' adapter methods, all or nothing: after an error the model is what it was before.
 
-    Stands before `PreTrainedModel` in the list of bases. Has no parameters.
+    It comes before `PreTrainedModel` in the list of bases and has no parameters.
     """
 
     def lora_targets(
@@ -381,7 +389,7 @@ class BagelAdapterMixin:
             lost = sorted(name for name in info.unexpected_keys - found if not switched_off.search(name))
             if lost:
                 raise RuntimeError(
-                    f"{len(lost)} tensors of the adapter found no place: {_some(lost)}. They fit the model, so PEFT "
+                    f"{len(lost)} tensors of the adapter were not loaded: {some(lost, 2)}. They fit the model, so PEFT "
                     f"{_peft().__version__} names them differently from what transformers expects: install peft>=0.20."
                 )
         return info
@@ -389,40 +397,40 @@ class BagelAdapterMixin:
     def _load_saved_modules(self, adapter_name: str, stored: Mapping[str, torch.Tensor] | Path) -> set[str]:
         """The copies of `modules_to_save`, which transformers 5.17 does not find; -> names of the tensors taken."""
         wrapper = _peft().utils.other.AuxiliaryTrainingWrapper
-        places = {
+        targets = {
             f"{name}.{source}": f"{name}.{target}"
             for name, module in self.named_modules()
             if isinstance(module, wrapper)
             for source, target in module.adapter_state_dict_load_map(adapter_name).items()
         }
-        if places:
+        if targets:
             stored = load_file(stored) if isinstance(stored, Path) else stored
             bare = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored.items()}
-            self.load_state_dict({places[name]: bare[name] for name in places.keys() & bare.keys()}, strict=False)
-        return set(places)
+            self.load_state_dict({targets[name]: bare[name] for name in targets.keys() & bare.keys()}, strict=False)
+        return set(targets)
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
         """As everywhere in transformers, also for adapters with different `modules_to_save`."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if not names or not set(names) <= self._adapters().keys():
-            return super().set_adapter(adapter_name)  # says what is wrong
+            return super().set_adapter(adapter_name)  # raises
         _peft().functional.set_adapter(self, names)
 
     def enable_adapters(self) -> None:
-        """As everywhere in transformers, whose version leaves `modules_to_save` switched off."""
+        """As everywhere in transformers, and also switches `modules_to_save` on, which transformers does not."""
         super().enable_adapters()
         for module in self.modules():
             if isinstance(module, _peft().utils.other.AuxiliaryTrainingWrapper):
                 module.enable_adapters(True)
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
-        """As everywhere in transformers; empty wrappers go too, so that a model without adapters saves as such."""
+        """As everywhere in transformers; also removes empty wrappers, so a model without adapters is saved plain."""
         super().delete_adapter(adapter_names)
         _unwrap(self)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Adapters that were added since are removed after an error."""
+        """A context that restores adapters, their state and the trainable parameters after an error."""
         before = set(self._adapters())
         active = self.active_adapters() if before else []
         trainable, training = {id(p) for p in self.parameters() if p.requires_grad}, self.training
@@ -447,7 +455,7 @@ class BagelAdapterMixin:
         return getattr(self, "peft_config", None) or {}
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        """`PeftModel.from_pretrained` comes by here: one clear error instead of a line per tensor."""
+        """`PeftModel.from_pretrained` calls this: one error for all mismatched tensors instead of a line for each."""
         if any(".lora_" in name for name in state_dict):
             mismatched = [
                 Mismatch(name, tuple(stored.shape), tuple(parameter.shape))
@@ -465,7 +473,7 @@ class BagelAdapterMixin:
 
 
 def _unwrap(model: nn.Module) -> None:
-    """Put the layers in whose wrappers no adapter is left back into their places."""
+    """Replace wrappers without any adapter by the layers that they wrap."""
     peft = _peft()
     for name, module in list(model.named_modules()):
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):

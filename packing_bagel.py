@@ -212,18 +212,24 @@ class PackingConfig:
             ValueError: a `BagelConfig` says something else; the message names every such fact with both values. Facts
                 in `unchecked` may differ.
         """
+        if message := self.differences(config, unchecked):
+            raise ValueError(message)
+
+    def differences(self, config: Any, unchecked: Container[str] = ()) -> str:
+        """What `check_model` would say; empty if both agree."""
         differing = []
         for name in PACKING_FACTS:
             ours, theirs = getattr(self, name), getattr(config, name)
             several = isinstance(theirs, list | tuple)  # eos ids
             if name not in unchecked and not (ours in theirs if several else ours == theirs):
                 differing.append(f"{name} is {ours} for the processor, {theirs} for the model")
-        if differing:
-            raise ValueError(
-                f"Processor and model disagree: {'; '.join(differing)}. Load both from one checkpoint. Where the model "
-                "is the one that is right, processor.follow_model(model.config) takes its facts over; in a saved "
-                "processor_config.json, delete model_facts and they are read from config.json."
-            )
+        if not differing:
+            return ""
+        return (
+            f"Processor and model disagree: {'; '.join(differing)}. Load both from one checkpoint. Where the model is "
+            "the one that is right, processor.follow_model(model.config) takes its facts over; in a saved "
+            "processor_config.json, delete model_facts and they are read from config.json."
+        )
 
     def dropout(self, item_type: str) -> float:
         return {

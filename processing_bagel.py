@@ -113,6 +113,7 @@ class BagelProcessor(ProcessorMixin):
         **kwargs,
     ) -> None:
         self.return_position_ids = return_position_ids
+        self._disagreement = ""
         self.model_facts = dict(model_facts or {})
         if unknown := sorted(self.model_facts.keys() - set(MODEL_FACTS)):
             raise ValueError(f"model_facts has no {', '.join(unknown)}; it has {', '.join(MODEL_FACTS)}")
@@ -135,10 +136,8 @@ class BagelProcessor(ProcessorMixin):
         revision: str = "main",
         **kwargs,
     ) -> "BagelProcessor":
-        """As in transformers; what is stored must be true of the model in the same folder, if there is one.
-
-        Raises:
-            ValueError: `config.json` says something else. Arguments given here count, whatever it says.
+        """As in transformers. Where `config.json` of the same folder disagrees with what is stored here, making packs
+        is refused, with both values. Arguments given here count, whatever it says.
         """
         hub = {
             "cache_dir": cache_dir,
@@ -155,7 +154,7 @@ class BagelProcessor(ProcessorMixin):
             if not processor.model_facts and "return_position_ids" not in kwargs:  # saved before there were any
                 processor.return_position_ids = processor.return_position_ids or config.multimodal_positions
             processor.model_facts = facts | processor.model_facts
-            processor.packing_config.check_model(config, unchecked=_facts_given(kwargs))
+            processor._disagreement = processor.packing_config.differences(config, unchecked=_facts_given(kwargs))
         return loaded
 
     @property
@@ -388,7 +387,13 @@ class BagelProcessor(ProcessorMixin):
 
     @property
     def packing_config(self) -> PackingConfig:
-        """The facts of the model that packs are made by."""
+        """The facts of the model that packs are made by.
+
+        Raises:
+            ValueError: the `config.json` that this processor was loaded beside says something else.
+        """
+        if self._disagreement:
+            raise ValueError(self._disagreement)
         return PackingConfig(
             bos_token_id=self.bos_token_id,
             eos_token_id=self.eos_token_id,
@@ -415,6 +420,7 @@ class BagelProcessor(ProcessorMixin):
         Raises:
             ValueError: token ids or patch sizes differ, which belong to tokenizer and image processor.
         """
+        self._disagreement = ""
         self.packing_config.check_model(config, unchecked=(*MODEL_FACTS, "multimodal_positions"))
         self.return_position_ids = config.multimodal_positions
         self.model_facts = {name: getattr(config, name) for name in MODEL_FACTS}

@@ -35,7 +35,7 @@ PROMPTS = (
 
 def set_table(model, side: int, interpolate_pos: bool | str) -> None:
     """
-    Give the model a latent position table of another side: what it has of it, continued by the formula of the table.
+    Give the model a latent position table of another side: its own entries, and beyond them those of the formula.
     """
     old, known = model.latent_pos_embed, model.config.max_latent_size
     new = BagelGridPositionEmbedding(side, old.hidden_size).to(old.pos_embed)
@@ -68,8 +68,8 @@ def sheet_of(prompts: list[str], columns: dict[str, list[Image.Image]], cell: in
     sheet = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for row, prompt in enumerate(prompts):
-        place = (margin, head + row * (cell + margin))
-        pen.multiline_text(place, textwrap.fill(prompt, 20), fill="black", font=font, spacing=5)
+        corner = (margin, head + row * (cell + margin))
+        pen.multiline_text(corner, textwrap.fill(prompt, 20), fill="black", font=font, spacing=5)
     x = left
     for width, (title, pictures) in zip(widths, columns.items()):
         pen.multiline_text((x, 8), title, fill="black", font=font, spacing=4)

@@ -130,7 +130,7 @@ def draw_conversation(axes: Axes) -> None:
 
 
 def draw_tables(figure: SubFigure) -> None:
-    """Where pictures of 5 x 8 and of 20 x 12 tokens are in a table of 8 x 8."""
+    """The entries that images of 5 x 8 and of 20 x 12 tokens read in a table of 8 x 8."""
     side, modes, grids = 8, (False, True, "bilinear", "fit"), ((5, 8), (20, 12))
     figure.suptitle("interpolate_pos: entries of a table of 8 x 8", fontsize=10, x=0.06, y=0.97, ha="left")
     figure.subplots_adjust(top=0.88, bottom=0.03, left=0.08, right=0.99, wspace=0.08, hspace=0.08)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from .. import checkpoint_bagel as checkpoint
 from .. import configuration_bagel as configuration
 from ..modeling_bagel import BagelForUnifiedMultimodal
+from .backbones import count_members, vae_facts
 from .folders import (
     CHAT_TEMPLATE,
     REPOSITORY,
@@ -142,7 +143,7 @@ def _complete_config(draft: dict[str, Any], model: Tensors, vae: Tensors) -> tup
     nested_facts = {
         llm: _text_facts(shapes),
         vit: _vision_facts(shapes, draft.get("vit_select_layer", -2)),
-        "vae_config": checkpoint.vae_facts(shapes),
+        "vae_config": vae_facts(shapes),
     }
     for name, facts in nested_facts.items():
         draft[name] = _settle(draft.get(name) or {}, facts, f"{name}.", notes)
@@ -184,7 +185,7 @@ def _text_facts(shapes: Mapping[str, tuple]) -> dict[str, Any]:
     if gate := shapes.get(f"{layer}mlp.gate_proj.weight"):
         facts |= {
             "intermediate_size": gate[0],
-            "num_hidden_layers": checkpoint.count_members(shapes, r"language_model\.model\.layers\."),
+            "num_hidden_layers": count_members(shapes, r"language_model\.model\.layers\."),
         }
         facts["qk_norm"] = f"{layer}self_attn.q_norm.weight" in shapes
     if norm := shapes.get(f"{layer}self_attn.q_norm.weight"):
@@ -204,7 +205,7 @@ def _vision_facts(shapes: Mapping[str, tuple], vit_select_layer: int) -> dict[st
     if hidden := shapes.get(f"{tower}encoder.layers.0.mlp.fc1.weight"):
         facts["intermediate_size"] = hidden[0]
         if vit_select_layer < 0:  # the config counts the layers of the SigLIP checkpoint, also those that are not used
-            stored = checkpoint.count_members(shapes, r"vit_model\.vision_model\.encoder\.layers\.")
+            stored = count_members(shapes, r"vit_model\.vision_model\.encoder\.layers\.")
             facts["num_hidden_layers"] = stored - 1 - vit_select_layer
     return facts
 

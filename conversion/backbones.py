@@ -1,6 +1,6 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A BAGEL made of pretrained parts: a Qwen2 text model, a SigLIP tower, an autoencoder; knows where each tensor goes.
+"""A BAGEL made of pretrained parts: a Qwen2 text model, a SigLIP tower, an autoencoder. Which tensor fills which:
 
     text model  -> language_model.*, and again under *_moe_gen: the generation expert starts as a copy (released)
     SigLIP      -> vit_model.*, without the layers above `vit_select_layer`, without its head
@@ -13,7 +13,7 @@ Everything is decided from configs and file headers; then transformers' own load
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from ..checkpoint_bagel import (
     resolve_config,
     to_module_name,
     to_module_shape,
-    vae_facts,
 )
 from ..configuration_bagel import SUB_CONFIG_ALIASES, BagelVAEConfig, und_name
 from ..processing_bagel import BagelProcessor
@@ -54,7 +53,7 @@ SPECIAL_TOKENS = {
     for name in ("bos", "eos", "vision_start", "vision_end", "image", "latent")
 }
 
-# What a config may not change (sizes), and what it may change but not unnoticed (settings).
+# Sizes of a part, which a config may not change, and settings, whose change gives a warning.
 SIZES = {
     "text_config": (
         "hidden_size",
@@ -79,7 +78,7 @@ SETTINGS = {
     "vae_config": ("scale_factor", "shift_factor"),
 }
 
-# Of a part, what BAGEL never uses: said at level info, anything else that stays behind at level warning.
+# Tensors of a part that BAGEL never uses: logged at level info, any other unused tensor at level warning.
 LEFT_BEHIND = r"^(vision_model\.)?head\.|^text_model\.|^logit_(scale|bias)$|position_ids$|rotary_emb\.inv_freq$"
 
 
@@ -105,7 +104,7 @@ class Backbone:
 
     Args:
         name: what messages call it.
-        config: its values in the words of BAGEL's nested config.
+        config: its values under the names of BAGEL's nested config.
         tensors: by the names they have in the part, without the prefix that depends on how it was saved.
         left: names of other tensors of the same checkpoint.
     """
@@ -117,7 +116,7 @@ class Backbone:
 
 
 def from_backbones(
-    model_class: type[nn.Module],
+    model_class: Any,
     text_model: Any,
     vision_model: Any = None,
     vae: Any = None,
@@ -129,8 +128,8 @@ def from_backbones(
 ) -> nn.Module:
     """
     A new model of pretrained parts, as the released one was begun. Both experts start as the text model (released
-    `copy_init_moe`); connector, latent and timestep embeddings and the (zero) velocity head are new, drawn from
-    torch's global generator. A part that is a folder is read tensor by tensor; a loaded one is copied.
+    `copy_init_moe`); connector, latent and timestep embeddings and the (zero) velocity head are new, initialised
+    from torch's global rng. A part that is a folder is read tensor by tensor; a loaded one is copied.
 
     With `qk_norm` (the default, as released) queries and keys are normalised by norms that Qwen2 does not have and
     that start at one, so texts differ from the text model's until it is trained;
@@ -139,11 +138,11 @@ def from_backbones(
     Args:
         model_class: the class to make, `BagelForUnifiedMultimodal`.
         text_model: `Qwen2ForCausalLM` (Qwen2, Qwen2.5), as a folder, a name on the Hub, or loaded.
-        vision_model: `SiglipVisionModel` or `SiglipModel`, likewise; `None` builds a model that reads no pictures.
-            The layers above `vit_select_layer` and the head stay behind. Its position table is interpolated if
+        vision_model: `SiglipVisionModel` or `SiglipModel`, likewise; `None` builds a model that reads no images.
+            The layers above `vit_select_layer` and the head are not used. Its position table is interpolated if
             `vit_max_num_patch_per_side` asks for another size.
         vae: `diffusers.AutoencoderKL`, likewise ("owner/name/subfolder" on the Hub), or the released
-            `ae.safetensors`; `None` builds a model that draws no pictures (stage 1, no generation expert).
+            `ae.safetensors`; `None` builds a model that draws no images (stage 1, no generation expert).
         config: a `BagelConfig`, or a folder with one; by default it follows the parts.
         tokenizer: the text model's. Special tokens of BAGEL that it lacks are added to it (save it with the model),
             the config gets its ids, and the vocabulary grows if it must. Qwen2.5 needs no change.
@@ -272,8 +271,33 @@ def read_vae(source: Any) -> Backbone:
     return Backbone(name, {**facts, **settings}, tensors)
 
 
+def vae_facts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The values of `vae_config` that follow from a VAE's shapes by released name; empty for any other model."""
+    first, last = shapes.get("encoder.conv_in.weight"), shapes.get("decoder.conv_out.weight")
+    latent = shapes.get("decoder.conv_in.weight")
+    levels = count_members(shapes, r"encoder\.down\.")
+    widths = [shapes.get(f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)]
+    if not (first and last and latent and levels and all(widths)):
+        return {}
+    return {
+        "z_channels": latent[1],
+        "downsample": 2 ** (levels - 1),
+        "in_channels": first[1],
+        "out_ch": last[0],
+        "ch": first[0],
+        "ch_mult": [width[0] // first[0] for width in widths],
+        "num_res_blocks": count_members(shapes, r"encoder\.down\.0\.block\."),
+    }
+
+
+def count_members(names: Iterable[str], prefix: str) -> int:
+    """How many modules a `ModuleList` has, from the names of their tensors; `prefix` is a pattern."""
+    found = (re.match(rf"{prefix}(\d+)\.", name) for name in names)
+    return len({match[1] for match in found if match})
+
+
 def _config_of_diffusers(raw: Any, name: str) -> dict[str, Any]:
-    """`AutoencoderKL`'s config in BAGEL's words; what those words cannot say is refused."""
+    """`AutoencoderKL`'s config under BAGEL's names; refuses settings that BAGEL's config does not have."""
     widths = list(raw.get("block_out_channels") or ()) if isinstance(raw, Mapping) else []
     if not widths:
         raise ValueError(f"{name} is no diffusers.AutoencoderKL: its config has no block_out_channels.")
@@ -311,7 +335,7 @@ def _config_of_diffusers(raw: Any, name: str) -> dict[str, Any]:
 
 
 def _read_transformers(source: Any, part: str) -> tuple[str, dict[str, Any], dict[str, LazyTensor]]:
-    """What to call it, its config as stored, its tensors."""
+    """-> its name in messages, its config as stored, its tensors."""
     if isinstance(source, nn.Module):
         name, raw = f"{part} ({type(source).__name__})", source.config.to_dict()
         tensors = _tensors_of(source, name)
@@ -381,7 +405,7 @@ def _tensors_of(model: nn.Module, name: str) -> dict[str, LazyTensor]:
 
 
 def _prefix(names: Mapping[str, Any], anchor: str, name: str) -> str:
-    """How the part is nested in its checkpoint, seen from a tensor that every such part has."""
+    """What the names of the part begin with in its checkpoint, found by a tensor that every such part has."""
     found = [key.removesuffix(anchor) for key in names if key.endswith(anchor)]
     if len(found) != 1:
         raise ValueError(f"{name} has {len(found)} tensors named {anchor}, 1 expected: is it another kind of model?")
@@ -429,7 +453,7 @@ def _is_wanted(part: str, config: PreTrainedConfig) -> bool:
 
 
 def _check_config(config: PreTrainedConfig, parts: Mapping[str, Backbone], rows: int) -> None:
-    """A config that the parts cannot fill is refused; settings of a part that it changes are said."""
+    """Refuse a config that the parts cannot fill; warn of settings that differ from a part's."""
     for part, argument, flag in (("vision_config", "vision_model", "visual_und"), ("vae_config", "vae", "visual_gen")):
         if _is_wanted(part, config) and part not in parts:
             raise ValueError(
@@ -437,23 +461,8 @@ def _check_config(config: PreTrainedConfig, parts: Mapping[str, Backbone], rows:
             )
         if part in parts and not _is_wanted(part, config):
             logger.warning(f"{parts[part].name} is not used: the config says {flag}=False (stage={config.stage}).")
-    problems = []
-    for part, backbone in parts.items():
-        if not _is_wanted(part, config):
-            continue
-        differing = {key: getattr(getattr(config, part), key) for key in (*SIZES[part], *SETTINGS[part])}
-        differing = {key: value for key, value in differing.items() if value != backbone.config[key]}
-        problems += [
-            f"{part}.{key} is {differing[key]}, but {backbone.config[key]} in {backbone.name}."
-            for key in SIZES[part]
-            if key in differing
-        ]
-        for key in SETTINGS[part]:
-            if key in differing:
-                logger.warning(
-                    f"{backbone.name} was trained with {key}={backbone.config[key]}; the config says {differing[key]}, "
-                    "which is used."
-                )
+    wanted = {part: backbone for part, backbone in parts.items() if _is_wanted(part, config)}
+    problems = [problem for part, backbone in wanted.items() for problem in _other_sizes(config, part, backbone)]
     text = parts["text_config"]
     if (stored := text.config["vocab_size"]) > config.text_config.vocab_size:
         problems.append(
@@ -474,6 +483,22 @@ def _check_config(config: PreTrainedConfig, parts: Mapping[str, Backbone], rows:
         )
     if problems:
         raise ValueError(" ".join(["The parts do not make the model that the config describes.", *problems]))
+
+
+def _other_sizes(config: PreTrainedConfig, part: str, backbone: Backbone) -> list[str]:
+    """A sentence for every size of a part that the config changes; settings that it changes are logged."""
+    chosen = {key: getattr(getattr(config, part), key) for key in (*SIZES[part], *SETTINGS[part])}
+    differing = {key: value for key, value in chosen.items() if value != backbone.config[key]}
+    for key in (key for key in SETTINGS[part] if key in differing):
+        logger.warning(
+            f"{backbone.name} was trained with {key}={backbone.config[key]}; the config says {differing[key]}, "
+            "which is used."
+        )
+    return [
+        f"{part}.{key} is {differing[key]}, but {backbone.config[key]} in {backbone.name}."
+        for key in SIZES[part]
+        if key in differing
+    ]
 
 
 def _dtype_of(text: Backbone) -> torch.dtype:
@@ -499,33 +524,43 @@ def _tensors_of_parts(model_class, config: PreTrainedConfig, parts: Mapping[str,
         "vae_config": ("vae.", lambda tensors, name, shape: (name, tensors.get(name))),
     }
     filled: dict[str, LazyTensor] = {}
-    problems = []
+    problems: list[str] = []
     for part, backbone in parts.items():
         prefix, find = finders[part]
-        names = [name for name in expected.shapes if name.startswith(prefix) and name not in tied]
-        used, missing = set(), []
-        for name in names:
-            shape = expected.shapes[name]
-            source, tensor = find(backbone.tensors, name.removeprefix(prefix), shape)
-            if tensor is None:
-                missing.append(source)
-            elif tensor.shape != shape:
-                problems.append(f"{backbone.name}: {source} is {tensor.shape}, {shape} by the config.")
-            else:
-                filled[name] = tensor
-                used.add(source)
-        missing = [name for name in missing if not name.startswith("rope.")]  # tables that every model computes
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            hint = ""
-            if "lm_head.weight" in missing:
-                hint = " A text model without a head: tie_word_embeddings=True uses its embeddings as one."
-            problems.append(f"{backbone.name} has no {missing[0]}{more}.{hint}")
-        _say_unused(backbone, used, config)
+        shapes = {
+            name: shape for name, shape in expected.shapes.items() if name.startswith(prefix) and name not in tied
+        }
+        found = {name: find(backbone.tensors, name.removeprefix(prefix), shape) for name, shape in shapes.items()}
+        problems += _unfit(backbone, shapes, found)
+        fitting = {name: tensor for name, (_, tensor) in found.items() if tensor and tensor.shape == shapes[name]}
+        filled |= fitting
+        _say_unused(backbone, {found[name][0] for name in fitting}, config)
     if problems:
         shown = problems if len(problems) < 7 else [*problems[:5], f"{len(problems) - 5} more tensors do not fit."]
         raise ValueError(" ".join(["The parts do not make the model that the config describes.", *shown]))
     return filled
+
+
+def _unfit(
+    backbone: Backbone,
+    shapes: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[str, LazyTensor | None]],
+) -> list[str]:
+    """A sentence for every tensor of another shape, and one for all that the part lacks."""
+    problems = [
+        f"{backbone.name}: {source} is {tensor.shape}, {shapes[name]} by the config."
+        for name, (source, tensor) in found.items()
+        if tensor is not None and tensor.shape != shapes[name]
+    ]
+    missing = [source for source, tensor in found.values() if tensor is None]
+    missing = [name for name in missing if not name.startswith("rope.")]  # tables that every model computes
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        hint = ""
+        if "lm_head.weight" in missing:
+            hint = " A text model without a head: tie_word_embeddings=True uses its embeddings as one."
+        problems.append(f"{backbone.name} has no {missing[0]}{more}.{hint}")
+    return problems
 
 
 def _find_text(tensors: Mapping[str, LazyTensor], name: str, shape: tuple[int, ...]) -> tuple[str, LazyTensor | None]:
@@ -578,7 +613,7 @@ def _say_unused(backbone: Backbone, used: set[str], config: PreTrainedConfig) ->
     if usual:
         logger.info(f"{backbone.name}: {_in_words(usual)} not used, as in the released model.")
     if others:
-        logger.warning(f"{backbone.name}: {_in_words(others)} not used; a BAGEL of this config has no place for them.")
+        logger.warning(f"{backbone.name}: {_in_words(others)} not used; a BAGEL of this config has no such tensors.")
 
 
 def _in_words(names: list[str]) -> str:

@@ -185,8 +185,8 @@ DAMAGED = {
     "noise": (b"\xff" * 100, "announce a header"),
     "header of something else": (with_header(b"{not json"), "no table of tensors"),
     "header without offsets": (with_header({"a": {"dtype": "F32"}}), "no table of tensors"),
-    "shape of another size": (with_header({"a": {**ENTRY, "shape": [3]}}, bytes(8)), "place of a does not fit"),
-    "hole": (with_header({"a": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)), "place of a does not fit"),
+    "shape of another size": (with_header({"a": {**ENTRY, "shape": [3]}}, bytes(8)), "bytes of a do not fit"),
+    "hole": (with_header({"a": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)), "bytes of a do not fit"),
     "pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
 }
 

@@ -540,7 +540,7 @@ def test_load_that_fails_halfway_leaves_the_model_alone(stored, tmp_path):
     assert_same_state(model, before)
 
 
-def test_load_that_finds_no_place_for_tensors_is_refused(stored, monkeypatch):
+def test_load_that_leaves_tensors_out_is_refused(stored, monkeypatch):
     """As PEFT 0.19 does under transformers 5.17: it reports every tensor as unexpected, and goes on without them."""
     from transformers.integrations.peft import PeftAdapterMixin
 
@@ -555,7 +555,7 @@ def test_load_that_finds_no_place_for_tensors_is_refused(stored, monkeypatch):
     for overrides, lost in (({}, 2), ({"stage": 1}, 1)):  # in stage 1 the generation expert may be absent
         model = fresh_tiny_model(**overrides)
         before = state(model)
-        with pytest.raises(RuntimeError, match=f"{lost} tensors of the adapter found no place.*install peft"):
+        with pytest.raises(RuntimeError, match=f"{lost} tensors of the adapter were not loaded.*install peft"):
             model.load_adapter(stored / "itself")
         assert_same_state(model, before)
 
@@ -723,7 +723,7 @@ def test_qlora_trains_both_experts_over_four_bit_weights(experts, four_bit, tiny
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     config = model.config
     pack = training_pack(MIXED, config=config)
-    pack["packed_text_ids"] = pack["packed_text_ids"] + 1  # no places for pictures among the words
+    pack["packed_text_ids"] = pack["packed_text_ids"] + 1  # no placeholders among the text ids
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-2)
     losses = []

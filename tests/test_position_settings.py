@@ -250,7 +250,7 @@ def test_batch_writes_and_draws_what_single_prompts_do(name):
         close(pictures[number], model.generate(**single, **drawing, latents=noise[number])[0], atol=2e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "dynamic"])  # it turns a cache otherwise
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "dynamic"])  # it rotates a cache otherwise
 def test_velocity_of_a_picture_being_drawn_is_that_of_a_training_pack(name):
     setting, model = SETTINGS[name], tiny_model(**SETTINGS[name])
     grid = (10, 9) if setting.get("interpolate_pos") else (4, 3)
@@ -324,8 +324,8 @@ def test_long_inputs_leave_nothing_behind():
         assert torch.equal(module(ONE, POSITIONS[:, :9])[0], short)
 
 
-def turned(setting: dict, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """(batch, length, heads, 16) as the attention of a model turns them."""
+def rotated_by_model(setting: dict, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """(batch, length, heads, 16) as the attention of a model rotates them."""
     model = tiny_model(**setting)
     attention = model.language_model.model.layers[0].self_attn
     cos, sin = model.language_model.model.rotary_emb(x, position_ids)
@@ -336,33 +336,36 @@ def heads(seed: int = 0) -> torch.Tensor:
     return torch.randn(1, 20, 2, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def test_partial_and_proportional_turn_as_in_the_document():
+def test_partial_and_proportional_rotate_as_in_the_document():
     x, positions = heads(), torch.arange(20)[None]
     for kind, name in ((PartialRotaryEmbedding, "partial"), (Gemma4PartialRotaryEmbedding, "proportional")):
         factor = SETTINGS[name]["text_config"]["rope_parameters"]["partial_rotary_factor"]
         theirs = kind(1.0, 10000.0, 16, cast_as_fprop_dtype=False, partial_rotary_factor=factor)
-        ours = turned(SETTINGS[name], x, positions)
+        ours = rotated_by_model(SETTINGS[name], x, positions)
         close(ours, theirs(x, positions))
         assert not torch.equal(ours, x)
-    assert torch.equal(turned(SETTINGS["partial"], x, positions)[..., 8:], x[..., 8:])
+    assert torch.equal(rotated_by_model(SETTINGS["partial"], x, positions)[..., 8:], x[..., 8:])
 
 
-def test_three_positions_turn_as_in_the_document():
+def test_three_positions_rotate_as_in_the_document():
     x = heads()
     positions = torch.randint(0, 50, (1, 20, 3), generator=torch.Generator().manual_seed(1))
     theirs = Qwen3OmniMoeThinkerTextRotaryEmbedding(
         1.0, 10000.0, 16, cast_as_fprop_dtype=False, mrope_section=(4, 2, 2)
     )
-    close(turned(SETTINGS["mrope"], x, positions), theirs(x, positions.movedim(-1, 0)))
+    close(rotated_by_model(SETTINGS["mrope"], x, positions), theirs(x, positions.movedim(-1, 0)))
     equal = torch.arange(20)[None]
-    assert torch.equal(turned(text(**MROPE), x, equal), turned(text(**MROPE), x, equal[..., None].expand(-1, -1, 3)))
+    assert torch.equal(
+        rotated_by_model(text(**MROPE), x, equal),
+        rotated_by_model(text(**MROPE), x, equal[..., None].expand(-1, -1, 3)),
+    )
 
 
 def test_pairs_are_halves_or_adjacent():
     x, positions = heads(), torch.arange(20)[None]
     cos, sin = (table[:, :, None] for table in rotary(text())[1](x, positions))
-    assert torch.equal(turned(text(), x, positions), rotate_halves(x, cos, sin))
-    assert torch.equal(turned(text(interleave=True), x, positions), rotate_pairs(x, cos, sin))
+    assert torch.equal(rotated_by_model(text(), x, positions), rotate_halves(x, cos, sin))
+    assert torch.equal(rotated_by_model(text(interleave=True), x, positions), rotate_pairs(x, cos, sin))
 
 
 def test_context_reaches_as_far_as_it_is_extended():
@@ -680,7 +683,7 @@ def mock_kernel(model, kernel):
 
 
 @pytest.mark.parametrize("kind", ["llama_vision", "qwen_vision"])
-def test_rotary_tower_turns_as_in_the_document(kind):
+def test_rotary_tower_rotates_as_in_the_document(kind):
     model, x = tower(kind), torch.randn(1, 36, 4, 8, generator=torch.Generator().manual_seed(0))
     if kind == "llama_vision":
         theirs = LlamaVisionRotaryEmbedding(24, 4, 32, 4, cast_as_fprop_dtype=False)
@@ -689,17 +692,17 @@ def test_rotary_tower_turns_as_in_the_document(kind):
         expected = Qwen3OmniMoeVisionRotaryEmbedding(32, 4, 1, cast_as_fprop_dtype=False)(x, 1, 6, 6)
     tables = model.vision_model._rotary(grid_position_ids(6, 6, 6))
     attention = model.vision_model.encoder.layers[0].self_attn
-    for projection in (attention.q_proj, attention.k_proj):  # the heads that attention turns
+    for projection in (attention.q_proj, attention.k_proj):  # the heads that attention rotates
         projection.forward = lambda hidden: x[0].flatten(1)
-    turned = []
+    rotated = []
 
     def kernel(module, query, key, value, mask, **options):
-        turned.extend([query, key])
+        rotated.extend([query, key])
         return value.transpose(1, 2), None
 
     with mock_kernel(model, kernel):
         attention(torch.zeros(36, 32), torch.tensor([0, 36]), [36], 36, tables)
-    for found in turned:
+    for found in rotated:
         close(found[0].transpose(0, 1), expected[0], atol=1e-6)
 
 
