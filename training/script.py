@@ -28,10 +28,11 @@ from transformers.utils import logging
 from ..lora_bagel import lora_targets
 from ..modeling_bagel import BagelForUnifiedMultimodal
 from ..processing_bagel import BagelProcessor
-from . import data
 from .arguments import BagelTrainingArguments
 from .checkpoints import last_complete_checkpoint
+from .packed import PackedDataset
 from .pictures import LOSS_CURVE, plot_losses
+from .sources import DataSource, conversations, editing_parquet, t2i_parquet, vlm_jsonl
 from .trainer import BagelTrainer
 
 
@@ -43,11 +44,12 @@ EXAMPLE = __doc__.split("\n\n")[1]
 ONEDNN_KERNELS = "20000"
 DROPOUTS = ("text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob")
 READERS = {
-    "t2i_parquet": data.t2i_parquet,
-    "editing_parquet": data.editing_parquet,
-    "vlm_jsonl": data.vlm_jsonl,
+    "t2i_parquet": t2i_parquet,
+    "editing_parquet": editing_parquet,
+    "vlm_jsonl": vlm_jsonl,
+    "conversations": conversations,
 }
-SOURCE_FIELDS = {field.name for field in fields(data.DataSource)} - {"rows", "convert"}
+SOURCE_FIELDS = {field.name for field in fields(DataSource)} - {"rows", "convert"}
 
 
 @dataclass
@@ -359,7 +361,7 @@ def packed(
     """
     processor.check_model(config)
     dropouts = {name: getattr(args, name) if dropout else 0.0 for name in DROPOUTS}
-    return data.PackedDataset(
+    return PackedDataset(
         [source(entry) for entry in sources],
         processor,
         expected_num_tokens=args.expected_num_tokens,
@@ -390,27 +392,14 @@ def source(entry: dict) -> Any:
         if not function:
             raise ValueError(f"Source format {kind!r} must be python:module:function.")
         rows = getattr(importlib.import_module(module), function)(**rest)
-        return data.DataSource(**{"name": function, "rows": rows} | settings)
-    if kind not in (*READERS, "conversations"):
-        raise ValueError(
-            f"Unknown source format {kind!r}; there are {', '.join(READERS)}, conversations, python:module:function."
-        )
+        return DataSource(**{"name": function, "rows": rows} | settings)
+    if kind not in READERS:
+        raise ValueError(f"Unknown source format {kind!r}; there are {', '.join(READERS)}, python:module:function.")
     files = rest.pop("files", rest.pop("path", None))
     if files is None or rest:
         wrong = f"unknown settings {', '.join(rest)}" if rest else "its files are missing"
         raise ValueError(f"Source {settings.get('name', kind)!r}: {wrong}.")
-    return READERS[kind](files, **settings) if kind in READERS else conversations(files, **settings)
-
-
-def conversations(files: str | list[str], name: str = "conversations", **settings) -> Any:
-    """Conversations (`messages`, `images`), one per line of .jsonl files or per row of .parquet files."""
-    if str(files if isinstance(files, str) else files[0]).endswith(".parquet"):
-        return data.DataSource(name, data.StreamedFiles.find("parquet", files, ".parquet"), **settings)
-    return data.DataSource(name, data.StreamedFiles.find("text", files, ".jsonl"), _conversation_of_line, **settings)
-
-
-def _conversation_of_line(row: dict, rng: Any) -> dict:
-    return json.loads(row["text"])
+    return READERS[kind](files, **settings)
 
 
 def steps_of_epochs(one_pass: Any, args: Any) -> int:

@@ -24,11 +24,11 @@ from transformers.utils import logging
 
 from .arguments import BagelTrainingArguments
 from .checkpoints import STAGING, publish, resolve_checkpoint
-from .data import PackedDataset
 from .ema import AveragedWeights
 from .freezing import freeze, set_loss
 from .latent_cache import LatentCache
 from .metering import Meter, count_targets, matrices, pack_flops
+from .packed import PackedDataset
 from .pictures import contact_sheet, draw_prompt, track_picture
 from .records import append_skipped, write_nonfinite
 
