@@ -120,7 +120,8 @@ class StreamReader:
         if source.shuffle and not files:
             self.dataset.set_epoch(number)
         # the window: number of its first row, the next index in it, its rows, the state of the stream before it
-        self.first, self.index, self.rows, self.before = 0, 0, [], self.dataset.state_dict()
+        self.first, self.index, self.before = 0, 0, self.dataset.state_dict()
+        self.rows: list[tuple[int, dict]] = []
         if state is not None:
             self.first, self.before = state["first"], state["before"]
             self.dataset.load_state_dict(self.before)
@@ -220,10 +221,11 @@ class Mixture:
 
     def _read(self, index: int) -> tuple[list[int], Any] | None:
         """Key and content of a source's next row; `None` where a pass ends."""
-        if self.readers[index] is None:
-            self.readers[index] = self._open(index)
+        reader = self.readers[index]
+        if reader is None:
+            reader = self.readers[index] = self._open(index)
         try:
-            read = next(self.readers[index])
+            read = next(reader)
         except StopIteration:
             self.empty[index] = self.counts[index] == 0
             self.passes[index] += 1

@@ -87,8 +87,8 @@ class Budget:
     """
 
     max_num_tokens: int
-    expected_num_tokens: int | None = None
-    max_num_tokens_per_sample: int | None = None
+    expected_num_tokens: Any = None  # int after __post_init__
+    max_num_tokens_per_sample: Any = None
     look_ahead: int = 64
 
     def __post_init__(self):
@@ -404,6 +404,7 @@ class PackedDataset(torch.utils.data.IterableDataset):
 
     def _load(self, planned: PlannedPack) -> tuple[list[RandomizedSample], list[Skipped]]:
         """The samples of a pack with decoded images, and those whose images are damaged."""
+        assert self._packs is not None
         samples, broken = [], []
         for waiting in planned.samples:
             try:
@@ -429,8 +430,9 @@ def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int,
         raise ValueError(f"rank={rank} and world_size={world_size}: pass both or none.")
     if rank is None and torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    elif rank is None:
+    elif rank is None or world_size is None:
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    assert world_size is not None
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} is none of the {world_size} ranks 0 to {world_size - 1}.")
     return rank, world_size

@@ -88,7 +88,7 @@ class StreamedFiles:
         Raises:
             FileNotFoundError: an entry matches no file.
         """
-        found = []
+        found: list[str] = []
         for entry in [files] if isinstance(files, str | os.PathLike) else files:
             entry = os.fspath(entry)
             pattern = os.path.join(glob.escape(entry), f"*{ending}") if os.path.isdir(entry) else entry
@@ -136,7 +136,7 @@ def vlm_jsonl(
     As released, the images of a row share `max_pixels`, and turns "from" anyone else are left out.
     """
     rows = StreamedFiles.find("text", files, ".jsonl")
-    defaults = {"convert": vlm_conversation, "share_max_pixels": True, "image_folder": image_folder}
+    defaults: dict[str, Any] = {"convert": vlm_conversation, "share_max_pixels": True, "image_folder": image_folder}
     return DataSource(name, rows, **defaults | settings)
 
 
@@ -186,7 +186,7 @@ def editing_conversation(row: dict, rng: np.random.Generator) -> dict:
         choices = instructions[edit - 1]
         return choices if isinstance(choices, str) else choices[rng.integers(len(choices))]
 
-    spans = [("user", None)]
+    spans: list[tuple[str, str | None]] = [("user", None)]
     if at_once:
         spans += [("user", " ".join(wording(edit) + "." for edit in range(first + 1, last + 1))), ("assistant", None)]
         return _conversation(row, [images[first], images[last]], spans)
