@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -37,7 +38,7 @@ ANYTHING = {
 }
 
 
-def ask(model, processor, image: Image.Image, question: str, max_new_tokens: int = 32) -> str:
+def ask(model: Any, processor: Any, image: Image.Image, question: str, max_new_tokens: int = 32) -> str:
     """The model's answer to a question about an image."""
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
@@ -45,9 +46,11 @@ def ask(model, processor, image: Image.Image, question: str, max_new_tokens: int
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def draw(model, processor, prompt: str, image: Image.Image | None = None, seed: int = 0, **options) -> Image.Image:
+def draw(
+    model: Any, processor: Any, prompt: str, image: Image.Image | None = None, seed: int = 0, **options: Any
+) -> Image.Image:
     """Draw an image from a text, or edit one; `options` are arguments of `generate`."""
-    content = [{"type": "text", "text": prompt}]
+    content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
     if image is not None:
         content.insert(0, {"type": "image", "image": image})
     inputs = processor.apply_chat_template(
@@ -105,7 +108,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     options = parse(arguments, prog)
     logging.set_verbosity_error()
     defaults = SHAPES if options.model.resolve() == EMBEDDED else ANYTHING
-    chosen = {name: getattr(options, name) or default for name, default in defaults.items()}
+    chosen: dict[str, Any] = {name: getattr(options, name) or default for name, default in defaults.items()}
     steps = {"num_timesteps": options.num_timesteps}
 
     start = time.perf_counter()
@@ -123,7 +126,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     print(f"\nEditing: {chosen['edit']}")
     edited = draw(model, processor, chosen["edit"], image, **steps)
 
-    rows = [
+    rows: list[tuple[str, Image.Image | None, Image.Image | str]] = [
         (f"Draw\n\n{chosen['drawing']}", None, drawing),
         (f"Ask\n\n{chosen['question']}", image, f"Answer\n\n{answer}"),
         (f"Edit\n\n{chosen['edit']}", image, edited),

@@ -6,6 +6,7 @@ python benchmarks/memory.py
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def weight_bytes(counts: dict[str, int], bits: int) -> int:
 
 def cache_bytes_per_token() -> int:
     """Bytes of one token's keys and values in bfloat16."""
-    config = BagelConfig.from_pretrained(REPOSITORY).text_config
+    config: Any = BagelConfig.from_pretrained(REPOSITORY).text_config
     head_dim = config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * 2
 

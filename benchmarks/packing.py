@@ -22,7 +22,7 @@ from PIL import Image
 from bagel.image_processing_bagel import BagelImageProcessor
 from bagel.processing_bagel import BagelProcessor
 from bagel.shapes.tokenizer import build_tiny_tokenizer
-from bagel.training import data
+from bagel.training import DataSource, PackedDataset
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -101,7 +101,7 @@ def main() -> None:
     rng = np.random.default_rng(arguments.seed)
     share = {kind: weight / sum(WEIGHTS.values()) for kind, weight in WEIGHTS.items()}
     sources = [
-        data.DataSource(
+        DataSource(
             kind,
             [row(kind, rng) for _ in range(int(arguments.samples * share[kind]))],
             weight=weight,
@@ -109,7 +109,7 @@ def main() -> None:
         )
         for kind, weight in WEIGHTS.items()
     ]
-    dataset = data.PackedDataset(
+    dataset = PackedDataset(
         sources,
         processor,
         max_num_tokens=arguments.max_num_tokens,

@@ -55,8 +55,8 @@ def export(model_dir: str | os.PathLike, out_dir: str | os.PathLike) -> list[str
     ):
         for name, content in files.items():
             _copy_tensors(partial / name, content, progress)
-        for name, content in small.items():
-            (partial / name).write_bytes(content)
+        for name, text in small.items():
+            (partial / name).write_bytes(text)
     return [*files, *small]
 
 

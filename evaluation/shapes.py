@@ -78,6 +78,7 @@ def draw(model: Any, processor: Any, tasks: Sequence[Task], seed: int, **options
 
 
 def _judged(task: Task, picture: Image.Image) -> Outcome:
+    assert task.wish is not None
     seen = judge(picture)
     right, fully = task.wish.is_granted(seen), task.wish.is_granted_fully(seen)
     if task.start is None:
@@ -145,7 +146,7 @@ def summary(results: dict[str, list[Outcome]]) -> dict[str, dict[str, float]]:
         numbers[name] = {"number": len(outcomes), "right": share(outcomes), "right_fully": share(outcomes, "fully")}
         if name in TARGETS:
             numbers[name]["target"] = TARGETS[name]
-    edits = results["edits"]
+    edits: list[Any] = results["edits"]
     numbers["edits"]["as_wished"] = sum(edit.task.wish.is_granted(judge(edit.made)) for edit in edits) / len(edits)
     numbers["edits"]["rest_kept"] = sum(edit.kept >= KEPT for edit in edits) / len(edits)
     numbers["edits"]["median_psnr_outside"] = sorted(edit.kept for edit in edits)[len(edits) // 2]

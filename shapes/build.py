@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,9 @@ VOCABULARY = 448
 # The autoencoder
 
 
-def train_vae(steps: int, batch_size: int = 16, learning_rate: float = 2e-3, seed: int = 0) -> tuple[nn.Module, dict]:
+def train_vae(
+    steps: int, batch_size: int = 16, learning_rate: float = 2e-3, seed: int = 0
+) -> tuple[Any, dict[str, Any]]:
     """
     An autoencoder for the world's pictures: 64x64 pixels to 8x8 latents of 4 channels.
 
@@ -54,7 +57,7 @@ def train_vae(steps: int, batch_size: int = 16, learning_rate: float = 2e-3, see
     Returns:
         The VAE and its settings for `vae_config`: its latents have mean 0 and standard deviation 1 under them.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "z_channels": 4,
         "ch": 16,
         "ch_mult": [1, 2, 4, 4],
@@ -64,7 +67,8 @@ def train_vae(steps: int, batch_size: int = 16, learning_rate: float = 2e-3, see
     }
     torch.manual_seed(seed)
     config = BagelVAEConfig(**settings)
-    vae = build_vae(config).to(memory_format=torch.channels_last)
+    vae: Any = build_vae(config)
+    vae = vae.to(memory_format=torch.channels_last)
     rng = np.random.default_rng(seed + 1)
 
     def loss() -> torch.Tensor:
@@ -111,17 +115,17 @@ def scenes(rng: np.random.Generator, number: int) -> list[Scene]:
 def pictures(scenes: Sequence[Scene], rng: np.random.Generator | None = None) -> torch.Tensor:
     """Pixels (scenes, 3, 64, 64) in [-1, 1]; with `rng`, things have random colours that are none of `COLOURS`."""
     images = [render(scene, strange_colours(rng, scene.ground) if rng else COLOURS) for scene in scenes]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()
-def _latent_scale(vae: nn.Module, rng: np.random.Generator) -> dict[str, float]:
+def _latent_scale(vae: Any, rng: np.random.Generator) -> dict[str, float]:
     latents = vae.encode(pictures(scenes(rng, 256))).latent_dist.sample()
     return {"scale_factor": 1 / latents.std().item(), "shift_factor": latents.mean().item()}
 
 
 @torch.no_grad()
-def vae_psnr(vae: nn.Module, number: int = 256, seed: int = 7) -> tuple[float, float]:
+def vae_psnr(vae: Any, number: int = 256, seed: int = 7) -> tuple[float, float]:
     """Mean and worst PSNR in dB of restored pictures."""
     pixels = pictures(scenes(np.random.default_rng(seed), number))
     restored = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
@@ -156,9 +160,7 @@ class PlaceReader(nn.Module):
         return at_once, self.gathered((10 * self.attention).softmax(-1) @ features)
 
 
-def train_tower(
-    model: nn.Module, steps: int, batch_size: int = 128, learning_rate: float = 2e-3, seed: int = 0
-) -> float:
+def train_tower(model: Any, steps: int, batch_size: int = 128, learning_rate: float = 2e-3, seed: int = 0) -> float:
     """
     Pretrain the vision tower to classify what is at every place, as BAGEL starts from a pretrained SigLIP.
 
@@ -180,12 +182,13 @@ def train_tower(
         of_kinds, of_colours = scenes(rng, batch_size // 2), scenes(rng, batch_size // 2)
         features = _look(model, torch.cat([pictures(of_kinds, rng), pictures(of_colours)]))
         names = place_names([*of_kinds, *of_colours])
-        losses = []
+        losses: list[Any] = []
         for logits in reader(features):
             kinds, colours = logits.split(NAMES, dim=-1)
             losses.append(_naming_loss(kinds[: len(of_kinds)], names[: len(of_kinds), :, 0]))
             losses.append(_naming_loss(colours[len(of_kinds) :], names[len(of_kinds) :, :, 1]))
-        return sum(losses)
+        total: Any = sum(losses)
+        return total
 
     parameters = [*model.vit_model.parameters(), *reader.parameters()]
     _fit(parameters, loss, steps, learning_rate, weight_decay=0.01, title="vision tower")
@@ -204,7 +207,7 @@ def _naming_loss(logits: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), names.flatten(), weight)
 
 
-def _look(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+def _look(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     """The tower's features of pictures, (pictures, patches, hidden_size)."""
     side = SIDE // PATCH
     patches = torch.cat([patchify(picture, PATCH) for picture in pixels])
@@ -283,7 +286,7 @@ def finish(trained: Path, directory: Path = CHECKPOINT) -> None:
     write_checkpoint(model, processor, directory)
 
 
-def _set_generation(model: nn.Module) -> None:
+def _set_generation(model: Any) -> None:
     ids = {name: getattr(model.config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model.generation_config = GenerationConfig(max_new_tokens=48, **ids)
 

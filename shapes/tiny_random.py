@@ -73,7 +73,7 @@ def build(directory: Path, seed: int = 0) -> None:
     write_checkpoint(model, processor, directory)
 
 
-def write_checkpoint(model: torch.nn.Module, processor: Any, directory: Path) -> None:
+def write_checkpoint(model: Any, processor: Any, directory: Path) -> None:
     """Write model and processor to a new folder, complete or not at all; inside this repository code is linked."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:

@@ -5,7 +5,7 @@
 import json
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2TokenizerFast
+from transformers import Qwen2TokenizerFast  # type: ignore[attr-defined]
 
 
 # In the order of the released ids.

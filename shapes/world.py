@@ -11,7 +11,7 @@ them, neither before nor after an edit. A model that gets them right combines wh
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -126,7 +126,7 @@ def related(first: Thing, other: Thing) -> str | None:
 # Pictures
 
 
-def render(scene: Scene, colours: Mapping[str, Sequence[float]] = COLOURS) -> Image.Image:
+def render(scene: Scene, colours: Mapping[str, Any] = COLOURS) -> Image.Image:
     """The picture of a scene, with soft edges; `colours` are (red, green, blue) in 0..255."""
     pixels = np.empty((SIDE, SIDE, 3), np.float32)
     pixels[:] = GROUNDS[scene.ground]
@@ -135,7 +135,7 @@ def render(scene: Scene, colours: Mapping[str, Sequence[float]] = COLOURS) -> Im
         alpha = stamp(thing.shape, SIZES[thing.size])
         half = len(alpha) // 2
         window = pixels[row - half : row + half, column - half : column + half]
-        window += alpha[:, :, None] * (np.float32(colours[thing.colour]) - window)
+        window += alpha[:, :, None] * (np.asarray(colours[thing.colour], np.float32) - window)
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
@@ -221,7 +221,7 @@ def find_blobs(picture: Image.Image) -> list[Blob]:
     together: then they count as one unknown thing.
     """
     pixels = _pixels(picture)
-    palette = np.float32([_border(pixels), *COLOURS.values()])
+    palette = np.array([_border(pixels), *COLOURS.values()], np.float32)
     labels = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(-1)
     blobs, specks = [], np.zeros((SIDE, SIDE), bool)
     for mask in _components(labels > 0):
@@ -246,8 +246,8 @@ def _border(pixels: np.ndarray) -> np.ndarray:
 
 
 def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tuple[str, float]:
-    distances = {name: float(np.linalg.norm(colour - np.float32(value))) for name, value in palette.items()}
-    name = min(distances, key=distances.get)
+    distances = {name: float(np.linalg.norm(colour - np.asarray(value, np.float32))) for name, value in palette.items()}
+    name = min(distances, key=lambda name: distances[name])
     return name, distances[name]
 
 
@@ -464,8 +464,9 @@ class Inventor:
     def dialogue(self) -> list[Task]:
         """Two to five questions about one picture, chosen with the weights of `QUESTIONS`."""
         scene, thing, other = self.scene(self.held_out)
-        things = [(thing, other)] if other is None else [(thing, other), (other, thing)]
-        return [self._question(scene, *self._pick(things), QUESTIONS) for _ in range(self.rng.integers(2, 6))]
+        pairs = [(thing, other)] if other is None else [(thing, other), (other, thing)]
+        chosen = (self._pick(pairs) for _ in range(self.rng.integers(2, 6)))
+        return [self._question(scene, first, second, QUESTIONS) for first, second in chosen]
 
     def _question(self, scene: Scene, thing: Thing, other: Thing | None, weights: dict[str, int] | None = None) -> Task:
         weights = weights or dict.fromkeys(QUESTIONS, 1) | {"relation": 2}
@@ -486,12 +487,13 @@ class Inventor:
 
     def _wish(self) -> tuple[Wish, Scene]:
         scene, first, other = self.scene(self.held_out)
-        told = [("colour", "shape")]
+        told: list[tuple[str, ...]] = [("colour", "shape")]
         if self._chance(0.8):
             told[0] += ("size",)
         if self.held_out or self._chance(0.9):
             told[0] += ("place",)
-        text, relation, things = _name(first, told[0]), None, (first,)
+        text, relation = _name(first, told[0]), None
+        things: tuple[Thing, ...] = (first,)
         if other is not None:
             things = (first, other)
             relation = related(first, other) if self._chance(0.6) else None
@@ -587,14 +589,15 @@ class Inventor:
         """A random thing whose combination is held out or not, with another shape and place than `other`."""
         while True:
             down, right = (int(off) for off in self.rng.integers(-JITTER, JITTER + 1, 2))
-            thing = Thing(*map(self._pick, (SHAPES, COLOURS, PLACES, SIZES)), (down, right))
+            shape, colour, place, size = map(self._pick, (SHAPES, COLOURS, PLACES, SIZES))
+            thing = Thing(shape, colour, place, size, (down, right))
             free = other is None or (thing.shape != other.shape and thing.place != other.place)
             if free and is_held_out(thing.triple) == held_out:
                 return thing
 
-    def _pick(self, choices: Sequence[str] | dict[str, Any]) -> Any:
-        choices = list(choices)
-        return choices[self.rng.integers(len(choices))]
+    def _pick(self, choices: Iterable[Any]) -> Any:
+        listed = list(choices)
+        return listed[self.rng.integers(len(listed))]
 
     def _chance(self, probability: float) -> bool:
         return bool(self.rng.random() < probability)
@@ -619,7 +622,8 @@ class TrainingRows(Sequence):
     def __len__(self) -> int:
         return self.number
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
+        """Row `index`, a conversation."""
         if not 0 <= index < self.number:
             raise IndexError(f"Row {index} of {self.number}.")
         rng = np.random.default_rng([self.seed, index])

@@ -23,10 +23,9 @@ from bagel.image_processing_bagel import BagelImageProcessor
 from bagel.packing_bagel import PackCollator, PackingConfig, SamplePlan, pack, pack_samples, randomize
 from bagel.processing_bagel import BagelProcessor
 from bagel.shapes.tokenizer import build_tiny_tokenizer
-from bagel.training.data import (
-    Budget,
+from bagel.training.packed import Budget, PackedDataset
+from bagel.training.sources import (
     DataSource,
-    PackedDataset,
     editing_conversation,
     editing_parquet,
     t2i_conversation,
@@ -1101,7 +1100,7 @@ def test_a_bad_row_is_skipped_with_its_id_and_the_reason(name: str, monkeypatch)
     row, reason = BAD_ROWS[name]
     rows = [conversation("a: first"), dict(row, id="bad"), conversation("a: last")]
     messages = []
-    monkeypatch.setattr("bagel.training.data.logger.warning", messages.append)
+    monkeypatch.setattr("bagel.training.packed.logger.warning", messages.append)
     facts = {"max_latent_size": 4} if name == "too large" else {}
     packs = list(dataset(rows, report=True, **facts))
     assert sorted(all_ids(packs)) == ["rows:0", "rows:2"]

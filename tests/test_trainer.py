@@ -22,10 +22,11 @@ from bagel.modeling_bagel import BagelForUnifiedMultimodal
 from bagel.training import trainer as trainer_module
 from bagel.training.arguments import BagelTrainingArguments
 from bagel.training.checkpoints import last_complete_checkpoint, why_incomplete
-from bagel.training.data import DataSource, PackedDataset
 from bagel.training.latent_cache import LatentCache, picture_key
 from bagel.training.metering import Meter, matrices, pack_flops
+from bagel.training.packed import PackedDataset
 from bagel.training.pictures import contact_sheet, plot_losses, track_picture
+from bagel.training.sources import DataSource
 from bagel.training.trainer import BagelTrainer
 
 

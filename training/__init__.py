@@ -3,14 +3,8 @@
 """Training: streams of rows to packs, and a `Trainer` for them. Needs the extra `train`."""
 
 from .arguments import BagelTrainingArguments
-from .data import (
-    DataSource,
-    PackedDataset,
-    StreamedFiles,
-    editing_parquet,
-    t2i_parquet,
-    vlm_jsonl,
-)
+from .packed import PackedDataset
+from .sources import DataSource, StreamedFiles, conversations, editing_parquet, t2i_parquet, vlm_jsonl
 from .trainer import BagelTrainer
 
 
@@ -20,6 +14,7 @@ __all__ = [
     "DataSource",
     "PackedDataset",
     "StreamedFiles",
+    "conversations",
     "editing_parquet",
     "t2i_parquet",
     "vlm_jsonl",

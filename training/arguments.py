@@ -23,7 +23,7 @@ class BagelTrainingArguments(TrainingArguments):
     """
 
     per_device_train_batch_size: int = field(
-        default=1, metadata={"help": "Conversations per pack (with a ConversationCollator); 1 for ready packs."}
+        default=1, metadata={"help": "Conversations per pack with `processor.collator()`; 1 for ready packs."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Packs and conversations keep their columns."})
     use_cache: bool = field(default=True, metadata={"help": "Saved with the model's config; training uses no cache."})

@@ -4,8 +4,6 @@
 
 from typing import Any
 
-import torch
-
 from .arguments import BagelTrainingArguments
 from .metering import gen_siblings, is_in
 
@@ -18,7 +16,7 @@ def set_loss(config: Any, args: BagelTrainingArguments) -> None:
     config.ce_loss_reweighting = args.ce_loss_reweighting
 
 
-def freeze(model: torch.nn.Module, args: BagelTrainingArguments) -> None:
+def freeze(model: Any, args: BagelTrainingArguments) -> None:
     """
     Switch gradients off as the released options of these names do. The VAE is always frozen.
 

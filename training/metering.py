@@ -73,17 +73,17 @@ class Meter:
             seconds: of training, for the rates.
             peak: FLOP/s of all devices together, for `mfu`.
         """
-        sums, means = dict(zip(cls.NAMES, sums)), {}
-        if sums["labels"]:
-            means["ce"] = sums["ce"] / sums["labels"]
-        if sums["latents"]:
-            means["mse"] = sums["mse"] / sums["latents"]
-        if sums["packs"]:
-            means["tokens_per_second"] = sums["timed_tokens"] / seconds
+        named, means = dict(zip(cls.NAMES, sums)), {}
+        if named["labels"]:
+            means["ce"] = named["ce"] / named["labels"]
+        if named["latents"]:
+            means["mse"] = named["mse"] / named["latents"]
+        if named["packs"]:
+            means["tokens_per_second"] = named["timed_tokens"] / seconds
             if capacity:
-                means["fill"] = sums["tokens"] / sums["packs"] / capacity
+                means["fill"] = named["tokens"] / named["packs"] / capacity
             if peak:
-                means["mfu"] = sums["timed_flops"] / seconds / peak
+                means["mfu"] = named["timed_flops"] / seconds / peak
         return means
 
 

@@ -83,7 +83,7 @@ def plot_losses(history: Sequence[Mapping[str, float]], file: str | os.PathLike)
     Returns:
         `False` if nothing was saved: matplotlib is not installed, or `history` holds no losses.
     """
-    curves = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
     for log in history:
         for name in ("loss", "ce", "mse", "eval_loss", "eval_ce", "eval_mse"):
             if name in log:

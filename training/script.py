@@ -16,6 +16,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,10 +29,11 @@ from transformers.utils import logging
 from ..lora_bagel import lora_targets
 from ..modeling_bagel import BagelForUnifiedMultimodal
 from ..processing_bagel import BagelProcessor
-from . import data
 from .arguments import BagelTrainingArguments
 from .checkpoints import last_complete_checkpoint
+from .packed import PackedDataset
 from .pictures import LOSS_CURVE, plot_losses
+from .sources import DataSource, conversations, editing_parquet, t2i_parquet, vlm_jsonl
 from .trainer import BagelTrainer
 
 
@@ -42,12 +44,13 @@ EXAMPLE = __doc__.split("\n\n")[1]
 # kernels, so most are dropped before their size comes again. The variable is read at the first use of a kernel.
 ONEDNN_KERNELS = "20000"
 DROPOUTS = ("text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob")
-READERS = {
-    "t2i_parquet": data.t2i_parquet,
-    "editing_parquet": data.editing_parquet,
-    "vlm_jsonl": data.vlm_jsonl,
+READERS: dict[str, Callable[..., DataSource]] = {
+    "t2i_parquet": t2i_parquet,
+    "editing_parquet": editing_parquet,
+    "vlm_jsonl": vlm_jsonl,
+    "conversations": conversations,
 }
-SOURCE_FIELDS = {field.name for field in fields(data.DataSource)} - {"rows", "convert"}
+SOURCE_FIELDS = {field.name for field in fields(DataSource)} - {"rows", "convert"}
 
 
 @dataclass
@@ -171,12 +174,14 @@ def prepare(
     model, processor = load(model_args)
     if lora_args.lora_experts is not None:
         model = with_adapters(model, lora_args, args, model_args.quantization)
+    sources: Any = data_args.sources  # lists, see `_check_together`
+    eval_sources: Any = data_args.eval_sources
     common = (data_args, processor, model.config, args)
     if args.max_steps <= 0:  # every process plans the packs of rank 0, so that all agree on the number
-        args.max_steps = steps_of_epochs(packed(data_args.sources, *common, epochs=1, rank=0), args)
-    train_data, eval_data = packed(data_args.sources, *common), None
-    if data_args.eval_sources:
-        eval_data = packed(data_args.eval_sources, *common, epochs=1, dropout=False)
+        args.max_steps = steps_of_epochs(packed(sources, *common, epochs=1, rank=0), args)
+    train_data, eval_data = packed(sources, *common), None
+    if eval_sources:
+        eval_data = packed(eval_sources, *common, epochs=1, dropout=False)
     return BagelTrainer(model, args, train_dataset=train_data, eval_dataset=eval_data, processing_class=processor)
 
 
@@ -191,8 +196,9 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, LoraArgu
     Raises:
         ValueError: the file or the command line holds unknown names, or values that do not go together.
     """
+    groups: Any = (ModelArguments, DataArguments, LoraArguments, BagelTrainingArguments)
     parser = _Parser(
-        (ModelArguments, DataArguments, LoraArguments, BagelTrainingArguments),
+        groups,
         prog="bagel train",
         description="Train BAGEL with settings from a YAML file and the command line, which wins over the file.",
         epilog=f"examples:\n{EXAMPLE}",
@@ -206,12 +212,14 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, LoraArgu
         values = _read_yaml(config)
         _refuse_unknown(config, list(values), known)
         parser.set_defaults(**values)
+    parsed: list[Any]
     *parsed, _, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     _refuse_unknown("The command line", [name.lstrip("-") for name in unknown if name.startswith("--")], known)
     if unknown:
         raise ValueError(f"The command line holds {' '.join(unknown)}, which belongs to no argument.")
-    _check_together(*parsed)
-    return tuple(parsed)
+    model_args, data_args, lora_args, args = parsed
+    _check_together(model_args, data_args, lora_args, args)
+    return model_args, data_args, lora_args, args
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -288,7 +296,7 @@ def checkpoint_to_resume(args: Any) -> str | bool | None:
 
 def load(args: ModelArguments) -> tuple[Any, Any]:
     """Model and processor, with the code of this package (not with the code in the model's folder)."""
-    settings = {"stage": args.stage, "attn_implementation": args.attn_implementation}
+    settings: dict[str, Any] = {"stage": args.stage, "attn_implementation": args.attn_implementation}
     settings = {name: value for name, value in settings.items() if value is not None}
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.quantization is not None:
@@ -303,7 +311,7 @@ def load(args: ModelArguments) -> tuple[Any, Any]:
     model = BagelForUnifiedMultimodal.from_pretrained(args.model_name_or_path, dtype=dtype, **settings)
     if args.timestep_shift is not None:
         model.config.timestep_shift = args.timestep_shift
-    processor = BagelProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    processor = BagelProcessor.from_pretrained(str(args.model_name_or_path), trust_remote_code=True)
     processor.follow_model(model.config)  # `stage` decides what the model can see and draw
     return model, processor
 
@@ -320,11 +328,13 @@ def with_adapters(model: Any, args: LoraArguments, training_args: Any, quantizat
             use_gradient_checkpointing=training_args.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
+    alpha: Any = args.lora_alpha  # PEFT takes fractions too
+    experts: Any = args.lora_experts  # one of its three values, see `_check_together`
     config = LoraConfig(
         r=args.lora_r,
-        lora_alpha=args.lora_alpha,
+        lora_alpha=alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=lora_targets(model, args.lora_experts),
+        target_modules=lora_targets(model, experts),
         modules_to_save=args.modules_to_save,
     )
     model = get_peft_model(model, config)
@@ -358,8 +368,8 @@ def packed(
         ValueError: the processor is that of another model, or a source is wrong.
     """
     processor.check_model(config)
-    dropouts = {name: getattr(args, name) if dropout else 0.0 for name in DROPOUTS}
-    return data.PackedDataset(
+    dropouts: dict[str, Any] = {name: getattr(args, name) if dropout else 0.0 for name in DROPOUTS}
+    return PackedDataset(
         [source(entry) for entry in sources],
         processor,
         expected_num_tokens=args.expected_num_tokens,
@@ -390,27 +400,14 @@ def source(entry: dict) -> Any:
         if not function:
             raise ValueError(f"Source format {kind!r} must be python:module:function.")
         rows = getattr(importlib.import_module(module), function)(**rest)
-        return data.DataSource(**{"name": function, "rows": rows} | settings)
-    if kind not in (*READERS, "conversations"):
-        raise ValueError(
-            f"Unknown source format {kind!r}; there are {', '.join(READERS)}, conversations, python:module:function."
-        )
+        return DataSource(**{"name": function, "rows": rows} | settings)
+    if kind not in READERS:
+        raise ValueError(f"Unknown source format {kind!r}; there are {', '.join(READERS)}, python:module:function.")
     files = rest.pop("files", rest.pop("path", None))
     if files is None or rest:
         wrong = f"unknown settings {', '.join(rest)}" if rest else "its files are missing"
         raise ValueError(f"Source {settings.get('name', kind)!r}: {wrong}.")
-    return READERS[kind](files, **settings) if kind in READERS else conversations(files, **settings)
-
-
-def conversations(files: str | list[str], name: str = "conversations", **settings) -> Any:
-    """Conversations (`messages`, `images`), one per line of .jsonl files or per row of .parquet files."""
-    if str(files if isinstance(files, str) else files[0]).endswith(".parquet"):
-        return data.DataSource(name, data.StreamedFiles.find("parquet", files, ".parquet"), **settings)
-    return data.DataSource(name, data.StreamedFiles.find("text", files, ".jsonl"), _conversation_of_line, **settings)
-
-
-def _conversation_of_line(row: dict, rng: Any) -> dict:
-    return json.loads(row["text"])
+    return READERS[kind](files, **settings)
 
 
 def steps_of_epochs(one_pass: Any, args: Any) -> int:

@@ -13,22 +13,22 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from .arguments import BagelTrainingArguments
 from .checkpoints import STAGING, publish, resolve_checkpoint
-from .data import PackedDataset
 from .ema import AveragedWeights
 from .freezing import freeze, set_loss
 from .latent_cache import LatentCache
 from .metering import Meter, count_targets, matrices, pack_flops
+from .packed import PackedDataset
 from .pictures import contact_sheet, draw_prompt, track_picture
 from .records import append_skipped, write_nonfinite
 
@@ -54,8 +54,11 @@ class BagelTrainer(Trainer):
     """
 
     args: BagelTrainingArguments
+    model: Any  # `Trainer` allows None or any module
+    processing_class: Any
+    data_collator: Any
 
-    def __init__(self, model=None, args: BagelTrainingArguments | None = None, **kwargs):
+    def __init__(self, model: Any = None, args: BagelTrainingArguments | None = None, **kwargs: Any):
         args = BagelTrainingArguments() if args is None else args
         if not isinstance(args, BagelTrainingArguments):
             raise ValueError(f"args are {type(args).__name__}; BagelTrainer needs BagelTrainingArguments.")
@@ -87,6 +90,10 @@ class BagelTrainer(Trainer):
             self.args.ignore_data_skip = True  # resuming restores the loader's state instead of skipping packs
         if self._collates_rows():
             self.data_collator.report = True
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
 
     def _collates_rows(self) -> bool:
         """
@@ -132,7 +139,8 @@ class BagelTrainer(Trainer):
         """For packs (2,): what [`count_targets`] gives, over all packs of the step and all ranks."""
         if not batch_samples or "sequence_length" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
-        counts = sum(count_targets(pack, self.args.ce_loss_reweighting) for pack in batch_samples).to(device)
+        targets = [count_targets(pack, self.args.ce_loss_reweighting) for pack in batch_samples]
+        counts = torch.stack(targets).sum(0).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         if not counts.any():
@@ -149,7 +157,7 @@ class BagelTrainer(Trainer):
         self._report = inputs.pop("report", None) or {}
         if skipped := self._report.get("skipped", []):
             self.num_skipped += len(skipped)
-            append_skipped(self.args.output_dir, self.state.global_step + 1, self.args.process_index, skipped)
+            append_skipped(self._folder, self.state.global_step + 1, self.args.process_index, skipped)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
@@ -171,7 +179,7 @@ class BagelTrainer(Trainer):
         """Record the batch and raise: no optimizer step is made and no checkpoint written."""
         step, names = self.state.global_step + 1, self._report.get("sample_ids")
         facts = {"step": step, "rank": self.args.process_index, "what": what, "value": str(value), "sample_ids": names}
-        file = write_nonfinite(self.args.output_dir, facts, outputs)
+        file = write_nonfinite(self._folder, facts, outputs)
         samples = "" if names is None else f" (samples {', '.join(map(str, names))})"
         raise FloatingPointError(
             f"The {what} of step {step} is {value}{samples}. No optimizer step was made and no checkpoint "
@@ -179,7 +187,7 @@ class BagelTrainer(Trainer):
             "these samples."
         )
 
-    def floating_point_ops(self, inputs: Mapping[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> Any:
         """Of a pack, see [`pack_flops`]; also what `mfu` is computed from."""
         if "sequence_length" not in inputs:
             return super().floating_point_ops(inputs)
@@ -223,11 +231,12 @@ class BagelTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": means[name] for name in ("ce", "mse") if name in means}
         weights = {"ce": config.ce_weight, "mse": config.mse_weight}
         metrics[f"{metric_key_prefix}_loss"] = sum(weights[name] * means[name] for name in weights if name in means)
-        return EvalLoopOutput(None, None, metrics, int(dict(zip(Meter.NAMES, sums.tolist()))["samples"]))
+        nothing: Any = None  # predictions and labels
+        return EvalLoopOutput(nothing, nothing, metrics, int(dict(zip(Meter.NAMES, sums.tolist()))["samples"]))
 
     def draw_samples(self) -> Path | None:
         """Draw `sample_prompts` into one labelled sheet, `samples/step-N.png`, on the first process only."""
-        prompts = self.args.sample_prompts
+        prompts: Any = self.args.sample_prompts
         if not prompts or not self.is_world_process_zero():
             return None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -235,7 +244,8 @@ class BagelTrainer(Trainer):
             return None
         model, training = self.model, self.model.training
         model.eval()
-        options, seed = self.args.sample_options or {}, self.args.seed
+        options: Any = self.args.sample_options or {}
+        seed = self.args.seed
         with _own_randomness(seed), self.averaged_weights(), torch.no_grad():
             rows = [
                 draw_prompt(model, self.processing_class, prompt, seed + number, **options)
@@ -243,7 +253,7 @@ class BagelTrainer(Trainer):
             ]
         model.train(training)
         sheet = contact_sheet(rows, f"step {self.state.global_step}")
-        file = Path(self.args.output_dir) / SAMPLES_FOLDER / f"step-{self.state.global_step}.png"
+        file = self._folder / SAMPLES_FOLDER / f"step-{self.state.global_step}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(file)
         track_picture(self.callback_handler.callbacks, sheet, self.state.global_step)
@@ -258,8 +268,8 @@ class BagelTrainer(Trainer):
 
     def _measured(self) -> dict[str, float]:
         """What the steps since the last log were like, over all ranks."""
-        sums = self.meter.sums(self.args.device)
-        *sums, num_skipped = self._over_ranks(torch.cat([sums, sums.new_tensor([self.num_skipped])])).tolist()
+        own = self.meter.sums(self.args.device)
+        *sums, num_skipped = self._over_ranks(torch.cat([own, own.new_tensor([self.num_skipped])])).tolist()
         peak = self.args.peak_flops_per_device
         peak = None if peak is None else peak * self.args.world_size
         measured = Meter.means(sums, self._capacity(), self.meter.seconds(), peak)
@@ -275,7 +285,7 @@ class BagelTrainer(Trainer):
 
     # ---- checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         As in `Trainer`. `resume_from_checkpoint=True` takes the last complete checkpoint in `output_dir` and warns of
         later incomplete ones; a path must name a complete one.
@@ -284,13 +294,13 @@ class BagelTrainer(Trainer):
             ValueError: there is no complete checkpoint, or the one asked for is not complete.
             FloatingPointError: loss or gradient norm became infinite or NaN.
         """
-        self._resume = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self._resume = resolve_checkpoint(resume_from_checkpoint, self._folder)
         if self._resume is not None:
             logger.warning(f"Resuming from {self._resume}")
         # without a processing class: `Trainer` would overwrite the model's bos and eos ids with the tokenizer's
         self._processor, self.processing_class = self.processing_class, None
         try:
-            return super().train(None if self._resume is None else str(self._resume), **kwargs)
+            return super().train(None if self._resume is None else str(self._resume), *args, **kwargs)
         finally:
             self.processing_class = self._processor
             if self._loader is not None:  # ends the workers now; the garbage collector would wait 5 s for each
@@ -342,6 +352,7 @@ class BagelTrainer(Trainer):
         }
 
     def _load_state_of_rank(self) -> dict[str, Any]:
+        assert self._resume is not None
         file = self._resume / f"rank_state_{self.args.process_index}.pt"
         if not file.is_file():
             raise ValueError(
@@ -363,11 +374,11 @@ class BagelTrainer(Trainer):
         """Save the model, and a copy with averaged weights (if there are any) as a model folder of its own, `ema/`."""
         super().save_model(output_dir, _internal_call)
         if self.ema is not None:
-            directory = os.path.join(output_dir or self.args.output_dir, EMA_FOLDER)
+            folder = self._folder if output_dir is None else Path(output_dir)
             with self.averaged_weights():
-                super().save_model(directory, _internal_call=True)
+                super().save_model(str(folder / EMA_FOLDER), _internal_call=True)
             if self.args.should_save and _internal_call:
-                self.ema.save(Path(output_dir or self.args.output_dir) / EMA_STATE)
+                self.ema.save(folder / EMA_STATE)
 
     def end(self) -> None:
         """
