@@ -18,7 +18,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
 
-from .layout_bagel import PackedLayout
+from .layout_bagel import BoolTensor, LongTensor, PackedLayout
 
 
 class VarlenPart(NamedTuple):
@@ -29,10 +29,10 @@ class VarlenPart(NamedTuple):
     Causal runs are text (aligned to the last key), the others are images.
     """
 
-    q_index: torch.LongTensor
-    k_index: torch.LongTensor
-    cu_seq_lens_q: torch.IntTensor
-    cu_seq_lens_k: torch.IntTensor
+    q_index: LongTensor
+    k_index: LongTensor
+    cu_seq_lens_q: torch.Tensor
+    cu_seq_lens_k: torch.Tensor
     max_length_q: int
     max_length_k: int
     is_causal: bool
@@ -46,8 +46,8 @@ class SampleBatch(NamedTuple):
     padding, `mask` is (samples, 1, longest, longest).
     """
 
-    index: torch.LongTensor
-    real: torch.BoolTensor
+    index: LongTensor
+    real: BoolTensor
     mask: torch.Tensor
 
 
@@ -140,7 +140,7 @@ def prepare_attention(
     return AttentionSpec(_added(mask, hidden_states.dtype) if eager else mask, is_causal=False)
 
 
-def _added(mask: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+def _added(mask: BoolTensor, dtype: torch.dtype) -> torch.Tensor:
     """A bool mask as what eager attention adds to its scores."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 

@@ -24,7 +24,7 @@ from transformers.utils import is_torchvision_available
 from .attention_bagel import AttentionSpec, attend
 from .configuration_bagel import BagelConfig, BagelTextConfig
 from .embeddings_bagel import BagelGridPositionEmbedding, BagelTextRotaryEmbedding, rotate_halves, rotate_pairs
-from .layout_bagel import PackedLayout, rounds_sizes
+from .layout_bagel import BoolTensor, LongTensor, PackedLayout, rounds_sizes
 
 
 ROWS_STEP = 64  # what the number of tokens of an expert is rounded up to, see `layout_bagel.rounds_sizes`
@@ -64,15 +64,15 @@ class Routing(NamedTuple):
         freeze_und: no gradient through the und expert.
     """
 
-    order: torch.LongTensor | None = None
-    inverse: torch.LongTensor | None = None
+    order: LongTensor | None = None
+    inverse: LongTensor | None = None
     num_und: int | None = None
     shape: tuple[int, int] | None = None
     touch_gen: bool = False
     freeze_und: bool = False
 
     @classmethod
-    def of(cls, gen: torch.BoolTensor | None, freeze_und: bool = False) -> "Routing":
+    def of(cls, gen: BoolTensor | None, freeze_und: bool = False) -> "Routing":
         """`gen` is the layout's column, `None` when it is known to be empty."""
         if gen is None or (num_gen := int(gen.sum())) == 0:
             return cls(touch_gen=torch.is_grad_enabled(), freeze_und=freeze_und)

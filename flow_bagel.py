@@ -19,6 +19,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration_bagel import BagelVAEConfig
+from .layout_bagel import BoolTensor
 
 
 logger = logging.get_logger(__name__)
@@ -251,7 +252,7 @@ def integrate(
     branches: Branches,
     x: torch.Tensor,
     options: "DrawingOptions",
-    valid: torch.BoolTensor | None = None,
+    valid: BoolTensor | None = None,
 ) -> torch.Tensor:
     """
     From noise (t = 1) to images (t = 0).
@@ -289,7 +290,7 @@ def guided_velocity(
     t: torch.Tensor,
     options: "DrawingOptions",
     is_guided: bool,
-    valid: torch.BoolTensor | None = None,
+    valid: BoolTensor | None = None,
 ) -> torch.Tensor:
     """The velocity of one step; a branch is evaluated only if its weight is not neutral."""
     v_cond, v_text, v_image = model.predict_velocity(x, t, branches.full), None, None

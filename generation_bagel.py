@@ -37,7 +37,7 @@ from .inputs_bagel import (
     latent_position_ids,
     require_visual_gen,
 )
-from .layout_bagel import PackedLayout, axes_first, next_position
+from .layout_bagel import BoolTensor, LongTensor, PackedLayout, axes_first, next_position
 
 
 logger = logging.get_logger(__name__)
@@ -60,7 +60,7 @@ class BagelImageOutput(ModelOutput):
 
     images: list | None = None
     latents: list[torch.Tensor] | None = None
-    sequences: list[torch.LongTensor] | None = None
+    sequences: list[LongTensor] | None = None
 
 
 @dataclass
@@ -166,19 +166,19 @@ class BagelDrawingMixin(GenerationMixin):
         rows = torch.arange(len(last), device=last.device)
         return Prefill(whole, output.past_key_values, output.logits[rows, torch.searchsorted(kept, last)])
 
-    def _read_text(self, texts: Sequence[torch.LongTensor], padding_id: int, left: bool, past: Prefill | None = None):
+    def _read_text(self, texts: Sequence[LongTensor], padding_id: int, left: bool, past: Prefill | None = None):
         """Prefill of texts of different lengths."""
         input_ids, valid = pad_texts(texts, padding_id, left)
         return self._read(Prompt.of_text(self.config, input_ids, valid), ImageTensors(), past)
 
-    def _write_plan(self, prefill: Prefill, text_arguments: dict[str, Any]) -> tuple[Prefill, list[torch.LongTensor]]:
+    def _write_plan(self, prefill: Prefill, text_arguments: dict[str, Any]) -> tuple[Prefill, list[LongTensor]]:
         """Let the model write its plan, then read it as a text of its own: bos, plan, eos."""
         bos, eos = self.config.bos_token_id, first_id(self.config.eos_token_id)
         plans = [self._cut(sequence, text_arguments) for sequence in self._write(prefill, text_arguments)]
         texts = [torch.cat([plan.new_tensor([bos]), plan, plan.new_tensor([eos])]) for plan in plans]
         return self._read_text(texts, eos, left=False, past=prefill), plans
 
-    def _write(self, prefill: Prefill, text_arguments: dict[str, Any]) -> torch.LongTensor:
+    def _write(self, prefill: Prefill, text_arguments: dict[str, Any]) -> LongTensor:
         """New tokens (batch, n) of a text that starts here, by transformers' `generate`; changes no cache."""
         arguments = {key: value for key, value in text_arguments.items() if key != "return_dict_in_generate"}
         if not {"max_new_tokens", "max_length", "generation_config"} & set(arguments):
@@ -194,7 +194,7 @@ class BagelDrawingMixin(GenerationMixin):
         )
         return sequences[:, prompt.input_ids.shape[1] :]
 
-    def _cut(self, tokens: torch.LongTensor, text_arguments: dict[str, Any]) -> torch.LongTensor:
+    def _cut(self, tokens: LongTensor, text_arguments: dict[str, Any]) -> LongTensor:
         """Tokens before the first end-of-sequence token."""
         eos = text_arguments.get("eos_token_id") or self.generation_config.eos_token_id or self.config.eos_token_id
         ends = torch.isin(tokens, tokens.new_tensor(eos if isinstance(eos, list) else [eos])).nonzero()
@@ -228,7 +228,7 @@ class BagelDrawingMixin(GenerationMixin):
             )
         return Branches(full, without_text, without_images)
 
-    def _text_context(self, texts: list[torch.LongTensor], grids: list[Grid]) -> DrawingContext:
+    def _text_context(self, texts: list[LongTensor], grids: list[Grid]) -> DrawingContext:
         """Read texts alone; rows without text have an empty context."""
         if not any(len(text) for text in texts):
             start = torch.zeros(len(texts), dtype=torch.long, device=texts[0].device)
@@ -239,7 +239,7 @@ class BagelDrawingMixin(GenerationMixin):
         return self._context(prefill.cache, prefill.prompt.valid, prefill.prompt.next_position, grids)
 
     def _context(
-        self, cache: DynamicCache | None, keep: torch.BoolTensor, positions: torch.LongTensor, grids: list[Grid]
+        self, cache: DynamicCache | None, keep: BoolTensor, positions: LongTensor, grids: list[Grid]
     ) -> DrawingContext:
         """A view of the kept columns of a cache; columns that no row keeps are sliced off."""
         columns = keep.any(0).nonzero()[:, 0]
@@ -450,7 +450,7 @@ class BagelGenerationMixin(BagelDrawingMixin):
 
     # ---- transformers' hooks
 
-    def _prompt_of(self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> Prompt:
+    def _prompt_of(self, input_ids: LongTensor, model_kwargs: dict[str, Any]) -> Prompt:
         """The prompt of a text generation, read at the first use and kept among its arguments for the others."""
         if model_kwargs.get("prompt") is None:
             names = ("attention_mask", "image_grid_hw", "latent_image_sizes")
@@ -474,11 +474,11 @@ class BagelGenerationMixin(BagelDrawingMixin):
 
     def get_rope_index(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: LongTensor,
         attention_mask: torch.Tensor | None = None,
-        image_grid_hw: torch.LongTensor | None = None,
-        latent_image_sizes: torch.LongTensor | None = None,
-    ) -> torch.LongTensor:
+        image_grid_hw: LongTensor | None = None,
+        latent_image_sizes: LongTensor | None = None,
+    ) -> LongTensor:
         """
         Rotary positions of a prompt, as `forward` takes them. Pass them on when a prompt continues on a cache.
 
@@ -600,9 +600,7 @@ def stored_image_processor(model) -> Any:
         ) from error
 
 
-def pad_texts(
-    texts: Sequence[torch.LongTensor], padding_id: int, left: bool
-) -> tuple[torch.LongTensor, torch.BoolTensor]:
+def pad_texts(texts: Sequence[LongTensor], padding_id: int, left: bool) -> tuple[LongTensor, BoolTensor]:
     """Texts of different lengths as (batch, longest), and which of it is no padding."""
     side = "left" if left else "right"
     lengths = torch.tensor([len(text) for text in texts], device=texts[0].device)
@@ -611,7 +609,7 @@ def pad_texts(
     return padded, index >= (padded.shape[1] - lengths)[:, None] if left else index < lengths[:, None]
 
 
-def pad_to(mask: torch.BoolTensor, other: torch.BoolTensor) -> torch.BoolTensor:
+def pad_to(mask: BoolTensor, other: BoolTensor) -> BoolTensor:
     """Append `False` columns up to the length of `other`."""
     return nn.functional.pad(mask, (0, other.shape[1] - mask.shape[1]))
 

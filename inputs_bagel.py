@@ -21,7 +21,9 @@ from transformers.utils import TransformersKwargs
 from .embeddings_bagel import grid_position_ids
 from .flow_bagel import interpolate, patchify_latents, training_timesteps, velocity_target
 from .layout_bagel import (
+    BoolTensor,
     Grid,
+    LongTensor,
     PackedLayout,
     Placeholders,
     axes_last,
@@ -57,25 +59,25 @@ class PackKwargs(TypedDict, total=False):
     """
 
     sequence_length: int
-    packed_text_ids: torch.LongTensor
-    packed_text_indexes: torch.LongTensor
+    packed_text_ids: LongTensor
+    packed_text_indexes: LongTensor
     sample_lens: list[int]
-    packed_position_ids: torch.LongTensor
+    packed_position_ids: LongTensor
     nested_attention_masks: list[torch.Tensor]
     split_lens: list[int]
     attn_modes: list[str]
     packed_vit_tokens: torch.Tensor
-    packed_vit_token_indexes: torch.LongTensor
+    packed_vit_token_indexes: LongTensor
     packed_vit_position_ids: torch.Tensor
     vit_token_seqlens: torch.Tensor
     padded_latent: torch.Tensor
     patchified_vae_latent_shapes: list[Grid]
     packed_latent_position_ids: torch.Tensor
-    packed_vae_token_indexes: torch.LongTensor
+    packed_vae_token_indexes: LongTensor
     packed_timesteps: torch.Tensor
     mse_loss_indexes: torch.Tensor
     ce_loss_indexes: torch.Tensor
-    packed_label_ids: torch.LongTensor
+    packed_label_ids: LongTensor
     ce_loss_weights: torch.Tensor
     padded_images: torch.Tensor
     noise: torch.Tensor
@@ -90,11 +92,11 @@ class BagelKwargs(PackKwargs, TransformersKwargs, total=False):
         `input_ids`, if they have been read before.
     """
 
-    shift_labels: torch.LongTensor | None
+    shift_labels: LongTensor | None
     sample_posterior: bool
     generator: torch.Generator | list[torch.Generator] | None
     prompt: "Prompt | None"
-    cache_position: torch.LongTensor | None
+    cache_position: LongTensor | None
     return_dict: bool | None
 
 
@@ -106,9 +108,9 @@ class ImageTensors(NamedTuple):
     """The images of a padded batch, flat over its rows, and how the VAE's posterior is sampled."""
 
     pixel_values: torch.Tensor | None = None
-    image_grid_hw: torch.LongTensor | None = None
+    image_grid_hw: LongTensor | None = None
     latent_pixel_values: torch.Tensor | None = None
-    latent_image_sizes: torch.LongTensor | None = None
+    latent_image_sizes: LongTensor | None = None
     sample_posterior: bool = False
     generator: torch.Generator | list[torch.Generator] | None = None
 
@@ -135,21 +137,21 @@ class Prompt:
         position_ids: (batch, length), or (batch, length, 3) with `mrope_section`.
     """
 
-    input_ids: torch.LongTensor
-    valid: torch.BoolTensor
+    input_ids: LongTensor
+    valid: BoolTensor
     placeholders: Placeholders
     image_grids: tuple[Grid, ...]
     latent_grids: tuple[Grid, ...]
-    position_ids: torch.LongTensor
+    position_ids: LongTensor
 
     @classmethod
     def read(
         cls,
         config: PreTrainedConfig,
-        input_ids: torch.LongTensor,
+        input_ids: LongTensor,
         attention_mask: torch.Tensor | None = None,
-        image_grid_hw: torch.LongTensor | None = None,
-        latent_image_sizes: torch.LongTensor | None = None,
+        image_grid_hw: LongTensor | None = None,
+        latent_image_sizes: LongTensor | None = None,
         past_length: int = 0,
     ) -> "Prompt":
         """
@@ -173,7 +175,7 @@ class Prompt:
         return cls(input_ids, valid.bool(), placeholders, image_grids, latent_grids, position_ids)
 
     @classmethod
-    def of_text(cls, config: PreTrainedConfig, input_ids: torch.LongTensor, valid: torch.BoolTensor) -> "Prompt":
+    def of_text(cls, config: PreTrainedConfig, input_ids: LongTensor, valid: BoolTensor) -> "Prompt":
         """Text alone, known to hold no image."""
         none = torch.zeros_like(valid)
         position_ids = count_positions(valid.long()) * valid
@@ -186,16 +188,16 @@ class Prompt:
         return bool(self.image_grids or self.latent_grids)
 
     @property
-    def next_position(self) -> torch.LongTensor:
+    def next_position(self) -> LongTensor:
         """(batch,) the rotary position of what follows."""
         return next_position(self.position_ids, self.valid)
 
-    def last_index(self) -> torch.LongTensor:
+    def last_index(self) -> LongTensor:
         """(batch,) index of the last token of each row, padding left out; -1 for a row of padding."""
         index = torch.arange(self.valid.shape[1], device=self.valid.device)
         return torch.where(self.valid, index, -1).amax(1)
 
-    def last_text_start(self, bos_token_id: int) -> torch.LongTensor:
+    def last_text_start(self, bos_token_id: int) -> LongTensor:
         """(batch,) index where the last text begins; the row's length if an image comes last."""
         in_image, valid = self.placeholders.in_image, self.valid
         index = torch.arange(valid.shape[1], device=valid.device)[None].expand_as(valid)
@@ -205,7 +207,7 @@ class Prompt:
         ends_with_text = is_text.gather(1, self.last_index()[:, None])[:, 0]
         return torch.where(ends_with_text, torch.where(begins, index, 0).amax(1), valid.shape[1])
 
-    def image_rows(self, column: torch.BoolTensor) -> list[int]:
+    def image_rows(self, column: BoolTensor) -> list[int]:
         """The row of each image whose placeholders `column` marks, in reading order."""
         return (column & ~nn.functional.pad(column[:, :-1], (1, 0))).nonzero()[:, 0].tolist()
 
@@ -216,7 +218,7 @@ class Prompt:
         drop = torch.zeros_like(self.valid).index_put((rows, last), self.input_ids[rows, last] == token_id)
         return replace(self, valid=self.valid & ~drop, position_ids=_masked(self.position_ids, ~drop))
 
-    def texts(self) -> list[torch.LongTensor]:
+    def texts(self) -> list[LongTensor]:
         """The text tokens of each row, images and padding left out."""
         return [ids[mask] for ids, mask in zip(self.input_ids, self.valid & ~self.placeholders.in_image)]
 
@@ -255,7 +257,7 @@ class Prompt:
         )
 
     def layout(
-        self, attention_mask: torch.Tensor | None = None, position_ids: torch.LongTensor | None = None, past_length=0
+        self, attention_mask: torch.Tensor | None = None, position_ids: LongTensor | None = None, past_length=0
     ) -> PackedLayout:
         """An image is one bidirectional span, boundary tokens included."""
         if position_ids is None and past_length:
@@ -276,12 +278,12 @@ class Prompt:
         )
 
 
-def find_placeholders(config: PreTrainedConfig, input_ids: torch.LongTensor) -> Placeholders:
+def find_placeholders(config: PreTrainedConfig, input_ids: LongTensor) -> Placeholders:
     names = ("image_token_id", "latent_token_id", "vision_start_token_id", "vision_end_token_id")
     return Placeholders.find(input_ids, *(getattr(config, name) for name in names))
 
 
-def _masked(position_ids: torch.LongTensor, keep: torch.BoolTensor) -> torch.LongTensor:
+def _masked(position_ids: LongTensor, keep: BoolTensor) -> LongTensor:
     return position_ids * (keep if position_ids.ndim == 2 else keep[..., None])
 
 
@@ -354,7 +356,7 @@ class VitTokens(NamedTuple):
     patches: torch.Tensor
     position_ids: torch.Tensor
     lengths: list[int]
-    index: torch.LongTensor
+    index: LongTensor
 
 
 class LatentTokens(NamedTuple):
@@ -366,7 +368,7 @@ class LatentTokens(NamedTuple):
     x_t: torch.Tensor
     t: torch.Tensor
     position_ids: torch.Tensor
-    index: torch.LongTensor
+    index: LongTensor
     velocity: torch.Tensor | None = None
 
 
@@ -376,10 +378,10 @@ class Targets(NamedTuple):
     tokens, patch_latent_dim). Absent kinds are `None`.
     """
 
-    label_index: torch.LongTensor | None = None
-    labels: torch.LongTensor | None = None
+    label_index: LongTensor | None = None
+    labels: LongTensor | None = None
     label_weights: torch.Tensor | None = None
-    velocity_index: torch.LongTensor | None = None
+    velocity_index: LongTensor | None = None
     velocity: torch.Tensor | None = None
 
 
@@ -398,7 +400,7 @@ class Inputs:
     """
 
     layout: PackedLayout
-    text_ids: torch.LongTensor | None = None
+    text_ids: LongTensor | None = None
     text_embeds: torch.Tensor | None = None
     vit: VitTokens | None = None
     latents: LatentTokens | None = None
@@ -410,10 +412,10 @@ class Inputs:
         cls,
         config: PreTrainedConfig,
         encode: Encoder,
-        input_ids: torch.LongTensor | None,
+        input_ids: LongTensor | None,
         inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
+        position_ids: LongTensor | None,
         past_length: int,
         images: ImageTensors,
         prompt: Prompt | None = None,
@@ -512,7 +514,7 @@ class Inputs:
         return cls(layout, text_ids, latents=latents)
 
 
-def word_ids(config: PreTrainedConfig, input_ids: torch.LongTensor) -> torch.LongTensor:
+def word_ids(config: PreTrainedConfig, input_ids: LongTensor) -> LongTensor:
     """Ids for the embedding table: placeholders, and a pad id that lies outside the vocabulary, become 0."""
     outside = (input_ids == config.image_token_id) | (input_ids == config.latent_token_id)
     if config.pad_token_id is not None and config.pad_token_id >= config.text_config.vocab_size:
@@ -550,7 +552,7 @@ def check_tensors(**tensors: torch.Tensor | None) -> None:
             )
 
 
-def as_index(index: torch.Tensor | None) -> torch.LongTensor | None:
+def as_index(index: torch.Tensor | None) -> LongTensor | None:
     """Released packs give indexes, bool masks or an empty float tensor; `None` = nothing there."""
     if index is None or index.numel() == 0:
         return None
@@ -561,7 +563,7 @@ def as_index(index: torch.Tensor | None) -> torch.LongTensor | None:
 # ---- padded batches
 
 
-def _refuse_placeholders(config: PreTrainedConfig, input_ids: torch.LongTensor) -> None:
+def _refuse_placeholders(config: PreTrainedConfig, input_ids: LongTensor) -> None:
     marked = (input_ids == config.image_token_id) | (input_ids == config.latent_token_id)
     if bool(marked.any()):
         Prompt.read(config, input_ids)  # says which images are missing
@@ -585,7 +587,7 @@ def _check_images(config: PreTrainedConfig, images: ImageTensors) -> None:
             raise ValueError(f"latent_image_sizes describes {described} images, latent_pixel_values holds {given}.")
 
 
-def check_patches(config: PreTrainedConfig, pixel_values: torch.Tensor, image_grid_hw: torch.LongTensor) -> list[Grid]:
+def check_patches(config: PreTrainedConfig, pixel_values: torch.Tensor, image_grid_hw: LongTensor) -> list[Grid]:
     """The grids, after a look at whether they describe these patches."""
     grids = [(int(rows), int(columns)) for rows, columns in image_grid_hw.tolist()]
     patch_dim, shape = config.vision_config.patch_dim, tuple(pixel_values.shape)
@@ -626,9 +628,7 @@ def _read_images(
 # ---- packs
 
 
-def _pack_patches(
-    config: PreTrainedConfig, pack: Mapping[str, Any], index: torch.LongTensor | None
-) -> VitTokens | None:
+def _pack_patches(config: PreTrainedConfig, pack: Mapping[str, Any], index: LongTensor | None) -> VitTokens | None:
     if index is None:
         return None
     if not config.visual_und:
@@ -654,7 +654,7 @@ def _pack_latents(
     config: PreTrainedConfig,
     encode: Encoder,
     pack: Mapping[str, Any],
-    index: torch.LongTensor | None,
+    index: LongTensor | None,
     generator: torch.Generator | None,
 ) -> LatentTokens | None:
     """Clean latents of the pack, brought to their timesteps."""

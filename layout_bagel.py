@@ -34,7 +34,7 @@ and the next token follows that. An image of 2 rows and 3 columns (s, e = vision
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -44,6 +44,10 @@ from torch import nn
 # sizes of large packs are rounded up with filler tokens that no other token reads.
 ROWS_STEP, LENGTH_STEP, SAMPLES_STEP = 64, 16, 4
 ROUNDED_FROM = 512  # tokens
+# PyTorch's type checkers know one class of tensors; these names say the dtype.
+LongTensor: TypeAlias = torch.Tensor
+BoolTensor: TypeAlias = torch.Tensor
+
 Grid = tuple[int, int]  # rows and columns of an image, in tokens
 
 PADDING = -1  # sample id of padding: it sees only padding, so no row of a mask is ever empty
@@ -101,14 +105,14 @@ class PackedLayout:
         unmasked: the caller knows that every valid query sees every valid key (the block of an image that is drawn).
     """
 
-    sample_ids: torch.LongTensor
-    span_ids: torch.LongTensor
-    bidirectional: torch.BoolTensor
-    noisy: torch.BoolTensor
-    gen: torch.BoolTensor
-    position_ids: torch.LongTensor
+    sample_ids: LongTensor
+    span_ids: LongTensor
+    bidirectional: BoolTensor
+    noisy: BoolTensor
+    gen: BoolTensor
+    position_ids: LongTensor
     past_length: int = 0
-    past_valid: torch.BoolTensor | None = None
+    past_valid: BoolTensor | None = None
     causal: bool = False
     unmasked: bool = False
 
@@ -121,11 +125,11 @@ class PackedLayout:
         return self.sample_ids.shape[1]
 
     @property
-    def valid(self) -> torch.BoolTensor:
+    def valid(self) -> BoolTensor:
         """(batch, length), `False` for padding."""
         return self.sample_ids >= 0
 
-    def dense_mask(self, key_length: int | None = None) -> torch.BoolTensor:
+    def dense_mask(self, key_length: int | None = None) -> BoolTensor:
         """(batch, 1, length, keys) bool, True = sees. `key_length` may exceed past + new tokens (static caches)."""
         key = Columns(self, key_length or self.past_length + self.length)
         device = self.sample_ids.device
@@ -157,7 +161,7 @@ class PackedLayout:
 
         return sees
 
-    def samples_apart(self, slack: float = 0.75) -> list[tuple[torch.LongTensor, "PackedLayout"]]:
+    def samples_apart(self, slack: float = 0.75) -> list[tuple[LongTensor, "PackedLayout"]]:
         """
         A pack of many samples as a few padded batches with a row per sample, for kernels that know no packs.
 
@@ -199,7 +203,7 @@ class PackedLayout:
         batch_size: int,
         length: int,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: LongTensor | None = None,
         past_length: int = 0,
         device: torch.device | None = None,
     ) -> "PackedLayout":
@@ -229,7 +233,7 @@ class PackedLayout:
         )
 
     @classmethod
-    def flattened(cls, position_ids: torch.LongTensor) -> "PackedLayout":
+    def flattened(cls, position_ids: LongTensor) -> "PackedLayout":
         """A row of several texts, whose positions start again from 0 with each: a flattened batch of transformers."""
         text = cls.text(1, position_ids.shape[1], None, position_ids, 0, position_ids.device)
         return replace(text, sample_ids=(position_ids == 0).long().cumsum(1) - 1, causal=False)
@@ -239,8 +243,8 @@ class PackedLayout:
         cls,
         sequence_length: int,
         sample_lens: Sequence[int],
-        position_ids: torch.LongTensor,
-        gen_indexes: torch.LongTensor | None = None,
+        position_ids: LongTensor,
+        gen_indexes: LongTensor | None = None,
         split_lens: Sequence[int] | None = None,
         attn_modes: Sequence[str] | None = None,
         nested_attention_masks: Sequence[torch.Tensor] | None = None,
@@ -303,9 +307,9 @@ class PackedLayout:
     def noisy_blocks(
         cls,
         num_latents: Sequence[int],
-        positions: torch.LongTensor,
+        positions: LongTensor,
         past_length: int,
-        past_valid: torch.BoolTensor | None,
+        past_valid: BoolTensor | None,
         grids: Sequence[tuple[int, int]] | None = None,
     ) -> "PackedLayout":
         """
@@ -341,14 +345,14 @@ class PackedLayout:
 class Placeholders(NamedTuple):
     """Bool columns (batch, length): ViT placeholders, latent placeholders, and the boundary tokens of their images."""
 
-    image: torch.BoolTensor
-    latent: torch.BoolTensor
-    start: torch.BoolTensor
-    end: torch.BoolTensor
+    image: BoolTensor
+    latent: BoolTensor
+    start: BoolTensor
+    end: BoolTensor
 
     @classmethod
     def find(
-        cls, input_ids: torch.LongTensor, image_token_id: int, latent_token_id: int, start_id: int, end_id: int
+        cls, input_ids: LongTensor, image_token_id: int, latent_token_id: int, start_id: int, end_id: int
     ) -> "Placeholders":
         """Boundary ids that enclose no placeholder (a model may write them) stay text."""
         image, latent = input_ids == image_token_id, input_ids == latent_token_id
@@ -358,15 +362,15 @@ class Placeholders(NamedTuple):
         return cls(image, latent, start, end)
 
     @property
-    def in_image(self) -> torch.BoolTensor:
+    def in_image(self) -> BoolTensor:
         return self.image | self.latent | self.start | self.end
 
     @property
-    def span_ids(self) -> torch.LongTensor:
+    def span_ids(self) -> LongTensor:
         """A text run and an image each are a span; image k has an odd number."""
         return self.start.long().cumsum(1) * 2 - self.in_image.long()
 
-    def merge_grids(self, image_grids: Sequence[Grid], latent_grids: Sequence[Grid]) -> torch.LongTensor:
+    def merge_grids(self, image_grids: Sequence[Grid], latent_grids: Sequence[Grid]) -> LongTensor:
         """Grids of ViT and VAE images, each in their own order, as one (images, 2) in reading order."""
         first = self.start.flatten().nonzero()[:, 0] + 1
         is_latent = self.latent.flatten()[first]
@@ -375,7 +379,7 @@ class Placeholders(NamedTuple):
             merged[which] = first.new_tensor(list(grids)).view(-1, 2)
         return merged
 
-    def positions(self, valid: torch.LongTensor, grids: torch.LongTensor | None = None) -> torch.LongTensor:
+    def positions(self, valid: LongTensor, grids: LongTensor | None = None) -> LongTensor:
         """
         Rotary positions, counted from 0; 0 for padding.
 
@@ -412,7 +416,7 @@ class Placeholders(NamedTuple):
             if lengths or bool(column.any()):
                 self._check_runs(name, column, lengths, tensor)
 
-    def _check_runs(self, name: str, column: torch.BoolTensor, lengths: Sequence[int], tensor: str) -> None:
+    def _check_runs(self, name: str, column: BoolTensor, lengths: Sequence[int], tensor: str) -> None:
         before, after = nn.functional.pad(column[:, :-1], (1, 0)), nn.functional.pad(column[:, 1:], (0, 1))
         first, last = (column & ~before).nonzero(), (column & ~after).nonzero()
         if len(first) != len(lengths):
@@ -441,13 +445,13 @@ def rounds_sizes(column: torch.Tensor) -> bool:
     return column.device.type == "cpu" and column.numel() >= ROUNDED_FROM
 
 
-def grid_block_positions(rows: int, columns: int) -> torch.LongTensor:
+def grid_block_positions(rows: int, columns: int) -> LongTensor:
     """Time, height and width of an image with its boundary tokens, from 0: (rows * columns + 2, 3)."""
     grid = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), torch.arange(rows), torch.arange(columns))
     return torch.cat([torch.zeros(1, 3, dtype=torch.long), grid, torch.full((1, 3), max(rows, columns) - 1)])
 
 
-def check_cover(sequence_length: int, indexes: dict[str, torch.LongTensor | None], device: torch.device) -> None:
+def check_cover(sequence_length: int, indexes: dict[str, LongTensor | None], device: torch.device) -> None:
     """
     Every token of a pack is filled exactly once.
 
@@ -473,28 +477,28 @@ def check_cover(sequence_length: int, indexes: dict[str, torch.LongTensor | None
             )
 
 
-def count_positions(advance: torch.LongTensor) -> torch.LongTensor:
+def count_positions(advance: LongTensor) -> LongTensor:
     """Positions from steps: the first step is position 0; so is everything before it."""
     return (advance.cumsum(1) - 1).clamp(min=0)
 
 
-def next_position(position_ids: torch.LongTensor, keep: torch.BoolTensor) -> torch.LongTensor:
+def next_position(position_ids: LongTensor, keep: BoolTensor) -> LongTensor:
     """(batch,) the position after the tokens that are kept; 0 after none."""
     last = position_ids if position_ids.ndim == 2 else position_ids.amax(-1)
     return torch.where(keep, last + 1, 0).amax(1)
 
 
-def axes_first(position_ids: torch.LongTensor) -> torch.LongTensor:
+def axes_first(position_ids: LongTensor) -> LongTensor:
     """(batch, length, 3) -> (3, batch, length), the public form; one position per token stays as it is."""
     return position_ids.movedim(-1, 0) if position_ids.ndim == 3 else position_ids
 
 
-def axes_last(position_ids: torch.LongTensor) -> torch.LongTensor:
+def axes_last(position_ids: LongTensor) -> LongTensor:
     """The inverse of [`axes_first`]."""
     return position_ids.movedim(0, -1) if position_ids.ndim == 3 else position_ids
 
 
-def restarts(position_ids: torch.LongTensor | None) -> bool:
+def restarts(position_ids: LongTensor | None) -> bool:
     """Whether a single row of positions starts again from 0."""
     single = position_ids is not None and position_ids.ndim == 2 and position_ids.shape[0] == 1
     return single and not torch.compiler.is_compiling() and bool((position_ids[:, 1:] == 0).any())
@@ -502,7 +506,7 @@ def restarts(position_ids: torch.LongTensor | None) -> bool:
 
 def split_attention_mask(
     attention_mask: torch.Tensor | None, batch_size: int, length: int, past_length: int
-) -> tuple[torch.BoolTensor | None, torch.BoolTensor | None]:
+) -> tuple[BoolTensor | None, BoolTensor | None]:
     if attention_mask is None or attention_mask.ndim != 2:
         return None, None
     known = isinstance(past_length, int)  # a static cache may count on the device
@@ -529,7 +533,7 @@ def _check_splits(split_lens: Sequence[int], attn_modes: Sequence[str], total: i
 
 def _columns_of_masks(
     masks: Sequence[torch.Tensor], sample_lens: list[int], device: torch.device
-) -> tuple[torch.LongTensor, torch.BoolTensor, torch.BoolTensor]:
+) -> tuple[LongTensor, BoolTensor, BoolTensor]:
     """Read spans off dense masks, and check that the rule gives the masks back."""
     if len(masks) != len(sample_lens):
         raise ValueError(f"{len(masks)} nested_attention_masks for {len(sample_lens)} sample_lens.")

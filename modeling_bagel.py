@@ -48,6 +48,7 @@ from .inputs_bagel import (
     check_tensors,
     vit_position_ids,
 )
+from .layout_bagel import LongTensor
 from .lora_bagel import BagelAdapterMixin
 from .modeling_siglip_navit import SiglipVisionModel
 
@@ -205,7 +206,7 @@ class BagelModel(BagelPreTrainedModel):
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
-        image_grid_hw: torch.LongTensor,
+        image_grid_hw: LongTensor,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs,
@@ -239,15 +240,15 @@ class BagelModel(BagelPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        image_grid_hw: torch.LongTensor | None = None,
+        image_grid_hw: LongTensor | None = None,
         latent_pixel_values: torch.Tensor | None = None,
-        latent_image_sizes: torch.LongTensor | None = None,
+        latent_image_sizes: LongTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[BagelKwargs],
     ) -> BaseModelOutputWithPast:
@@ -380,7 +381,7 @@ class BagelModel(BagelPreTrainedModel):
         features = self.connector(seen.last_hidden_state)
         return seen, features + self.vit_pos_embed(vit.position_ids).to(features)
 
-    def _ids_of(self, inputs_embeds: torch.Tensor) -> torch.LongTensor:
+    def _ids_of(self, inputs_embeds: torch.Tensor) -> LongTensor:
         """Find the marks of images again in embeddings that were made with this model's table; -1 elsewhere."""
         config, table = self.config, self.get_input_embeddings()
         marks = ("image_token_id", "latent_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -522,16 +523,16 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        image_grid_hw: torch.LongTensor | None = None,
+        image_grid_hw: LongTensor | None = None,
         latent_pixel_values: torch.Tensor | None = None,
-        latent_image_sizes: torch.LongTensor | None = None,
+        latent_image_sizes: LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[BagelKwargs],

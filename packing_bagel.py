@@ -29,7 +29,7 @@ import torch
 
 from .embeddings_bagel import grid_position_ids
 from .image_processing_bagel import patchify
-from .layout_bagel import PackedLayout, grid_block_positions
+from .layout_bagel import BoolTensor, LongTensor, PackedLayout, grid_block_positions
 
 
 ITEM_TYPES = ("text", "vit_image", "vae_image")
@@ -443,7 +443,7 @@ class PackedItem:
             labels.append((self.last, self.item.special_token_label, 1.0))
         return labels
 
-    def positions(self, config: PackingConfig) -> torch.LongTensor:
+    def positions(self, config: PackingConfig) -> LongTensor:
         """(tokens,), or (tokens, 3) if the config say so."""
         first, length, is_text = self.kept.position, self.item.num_tokens, self.item.type == "text"
         if config.multimodal_positions and not is_text:
@@ -568,7 +568,7 @@ def _vae_images(packed: list[PackedItem], config: PackingConfig) -> dict[str, An
     return result
 
 
-def _inner_indexes(packed: list[PackedItem]) -> torch.LongTensor:
+def _inner_indexes(packed: list[PackedItem]) -> LongTensor:
     return torch.cat([torch.arange(one.inner.start, one.inner.stop) for one in packed])
 
 
@@ -597,7 +597,7 @@ def _splits(sample: RandomizedSample) -> list[tuple[int, str]]:
     return [(tokens[split], modes[split]) for split in tokens]
 
 
-def _mask(positions: torch.LongTensor, splits: list[tuple[int, str]]) -> torch.BoolTensor:
+def _mask(positions: LongTensor, splits: list[tuple[int, str]]) -> BoolTensor:
     lens, modes = zip(*splits)
     layout = PackedLayout.from_packed(len(positions), [len(positions)], positions, split_lens=lens, attn_modes=modes)
     return layout.dense_mask()[0, 0]

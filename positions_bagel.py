@@ -744,7 +744,7 @@ class Qwen3OmniMoeVisionRotaryEmbedding(_FpropModule):
         """Rows and columns of any one shape, from 0 -> (..., h/2) float32."""
         return qwen_vision_angles(rows, columns, self.head_dim, self.rope_theta)
 
-    def patch_positions(self, num_frames: int, height: int, width: int) -> torch.LongTensor:
+    def patch_positions(self, num_frames: int, height: int, width: int) -> torch.Tensor:
         """
         (num_frames * height * width, 2) row and column of each patch, in the order of the patches.
 
@@ -924,7 +924,7 @@ def _pad_rows(rows: tuple[torch.Tensor, ...], length: int) -> torch.Tensor:
     return torch.stack([nn.functional.pad(row, (0, 0) * (row.ndim - 1) + (0, length - len(row))) for row in rows])
 
 
-def _grids(grids: torch.Tensor | list, largest: tuple[int, int, int], merge: int) -> torch.LongTensor:
+def _grids(grids: torch.Tensor | list, largest: tuple[int, int, int], merge: int) -> torch.Tensor:
     """Check grids (pictures, 3): whole blocks, no more patches than the largest; -> int64 on the CPU."""
     grids = torch.as_tensor(grids, device="cpu").long()
     if grids.ndim != 2 or grids.shape[1] != 3:

@@ -29,7 +29,7 @@ from transformers.utils import cached_file
 from .configuration_bagel import BagelConfig
 from .conversations_bagel import ConversationCollator, conversation_items
 from .image_processing_bagel import flatten_images, unit_tensor_to_pil
-from .layout_bagel import Placeholders
+from .layout_bagel import LongTensor, Placeholders
 from .packing_bagel import MODEL_FACTS, PackingConfig, RandomSource
 
 
@@ -262,7 +262,7 @@ class BagelProcessor(ProcessorMixin):
                 span += self._image_span(self.image_token, next(grids).prod())
             yield span
 
-    def _position_ids(self, encoded: dict[str, Any], features: BatchFeature | dict) -> torch.LongTensor:
+    def _position_ids(self, encoded: dict[str, Any], features: BatchFeature | dict) -> LongTensor:
         """(3, texts, longest) time, height and width; `layout_bagel.py` shows them."""
         lengths = {len(ids) for ids in encoded["input_ids"]}
         if len(lengths) > 1:

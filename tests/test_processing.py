@@ -538,7 +538,7 @@ def test_facts_are_saved_and_loaded(saved):
 def test_a_processor_that_contradicts_the_config_beside_it_is_refused_with_both_values(saved):
     change(saved / "config.json", max_latent_size=12, vae_cond_dropout_prob=0.2, latent_token_id=7)
     with pytest.raises(ValueError, match="latent_token_id is 398 for the processor, 7 for the model") as error:
-        load(saved)
+        load(saved).pack([])
     assert "max_latent_size is 16 for the processor, 12 for the model" in str(error.value)
     assert "vae_cond_dropout_prob is 0.3 for the processor, 0.2 for the model" in str(error.value)
 
@@ -550,7 +550,7 @@ def test_a_config_in_released_words_is_compared_too(saved):
         del values[name]
     (saved / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="max_latent_size is 16 for the processor, 64 for the model"):
-        load(saved)
+        load(saved).collator()
     (saved / "config.json").write_text(json.dumps(values | {"max_latent_size": 16}))
     load(saved)
 
@@ -571,7 +571,7 @@ def test_an_older_processor_of_a_model_with_three_positions_makes_them(saved):
     text["rope_parameters"]["mrope_section"][2] += text["hidden_size"] // text["num_attention_heads"] // 2 - 4
     change(saved / "config.json", text_config=text)
     with pytest.raises(ValueError, match="multimodal_positions is False for the processor, True for the model"):
-        load(saved)
+        load(saved).collator()
     change(saved / "processor_config.json", model_facts=None)
     assert load(saved).packing_config.multimodal_positions
 
