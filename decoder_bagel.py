@@ -83,7 +83,7 @@ class Routing(NamedTuple):
             fillers = -num_und % ROWS_STEP
             order = torch.cat([und, order[:1].expand(fillers), gen_order, order[-1:].expand(-num_gen % ROWS_STEP)])
             inverse, num_und = inverse + fillers * (inverse >= num_und), num_und + fillers
-        return cls(order, inverse, num_und, tuple(gen.shape), freeze_und=freeze_und)
+        return cls(order, inverse, num_und, (gen.shape[0], gen.shape[1]), freeze_und=freeze_und)
 
     def sort(self, hidden: torch.Tensor) -> torch.Tensor:
         """(batch, length, ...) -> (1, tokens and fillers, ...) by expert."""
@@ -91,7 +91,9 @@ class Routing(NamedTuple):
 
     def restore(self, hidden: torch.Tensor) -> torch.Tensor:
         """The inverse of `sort`."""
-        return hidden if self.order is None else hidden[0][self.inverse.to(hidden.device)].unflatten(0, self.shape)
+        if self.inverse is None or self.shape is None:
+            return hidden
+        return hidden[0][self.inverse.to(hidden.device)].unflatten(0, self.shape)
 
     def freeze(self, hidden_und: torch.Tensor) -> torch.Tensor:
         """Stop the gradient of und tokens, if `freeze_und`."""
@@ -134,11 +136,12 @@ class BagelAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        q_size, kv_size = config.num_attention_heads * self.head_dim, num_key_value_heads * self.head_dim
         for suffix in ("", "_moe_gen") if has_gen else ("",):
             setattr(self, f"q_proj{suffix}", nn.Linear(config.hidden_size, q_size, bias=True))
             setattr(self, f"k_proj{suffix}", nn.Linear(config.hidden_size, kv_size, bias=True))
@@ -172,7 +175,8 @@ class BagelAttention(nn.Module):
         query, key = (self._rotate(x, *position_embeddings) for x in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        implementation = self.config._attn_implementation or "eager"
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
         output, weights = attend(self, kernel, query, key, value, attention, **options)
         output = routing.sort(output.flatten(2))
@@ -236,7 +240,7 @@ class BagelPreTrainedModel(PreTrainedModel):
     config: BagelConfig
     config_class = BagelConfig
     # transformers' any-to-any pipeline refuses image models without torchvision; this one needs none
-    input_modalities = ("image", "text") if is_torchvision_available() else ("text",)
+    input_modalities = ["image", "text"] if is_torchvision_available() else ["text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["BagelDecoderLayer", "SiglipEncoderLayer", "AutoencoderKL"]
     _skip_keys_device_placement = ["past_key_values"]

@@ -320,8 +320,8 @@ def initial_noise(shapes: Sequence[tuple[int, int]], options: "DrawingOptions") 
         ValueError: latents of other shapes, another number of generators than samples.
     """
     if options.latents is not None:
-        one = torch.is_tensor(options.latents) and options.latents.ndim == 2
-        noise = [options.latents] if one else list(options.latents)
+        latents = options.latents
+        noise = [latents] if isinstance(latents, torch.Tensor) and latents.ndim == 2 else list(latents)
         found = [tuple(sample.shape) for sample in noise]
         if found != list(shapes):
             raise ValueError(
@@ -337,7 +337,7 @@ def initial_noise(shapes: Sequence[tuple[int, int]], options: "DrawingOptions") 
     return nn.utils.rnn.pad_sequence([sample.float() for sample in noise], batch_first=True)
 
 
-def prepare_scheduler(options: DrawingOptions, device: torch.device):
+def prepare_scheduler(options: DrawingOptions, device: torch.device) -> tuple[Any, torch.Tensor]:
     """-> scheduler with its time steps set, and the network's t for each of them (float32, 1 = noise)."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -363,18 +363,19 @@ def build_vae(config: BagelVAEConfig) -> nn.Module:
             "Drawing pictures needs diffusers (`pip install diffusers`). Without it, load with stage=1 to read only."
         ) from error
     levels = len(config.ch_mult)
-    return AutoencoderKL(
-        in_channels=config.in_channels,
-        out_channels=config.out_ch,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(config.ch * multiplier for multiplier in config.ch_mult),
-        layers_per_block=config.num_res_blocks,
-        latent_channels=config.z_channels,
-        norm_num_groups=config.norm_num_groups,
-        sample_size=config.resolution,
-        scaling_factor=config.scale_factor,
-        shift_factor=config.shift_factor,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    settings: dict[str, Any] = {  # diffusers types its tuples as if they had one member
+        "in_channels": config.in_channels,
+        "out_channels": config.out_ch,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": tuple(config.ch * multiplier for multiplier in config.ch_mult),
+        "layers_per_block": config.num_res_blocks,
+        "latent_channels": config.z_channels,
+        "norm_num_groups": config.norm_num_groups,
+        "sample_size": config.resolution,
+        "scaling_factor": config.scale_factor,
+        "shift_factor": config.shift_factor,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+    return AutoencoderKL(**settings)

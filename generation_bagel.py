@@ -11,9 +11,9 @@ Axes: (batch, latent tokens, patch_latent_dim) for images that are drawn, padded
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -91,14 +91,42 @@ class DrawingContext(NamedTuple):
     position_ids: torch.Tensor
 
 
-class BagelDrawingMixin(GenerationMixin):
+if TYPE_CHECKING:  # what the mixins expect of the class that they are mixed into
+    from transformers.modeling_utils import PreTrainedModel
+
+    from .configuration_bagel import BagelConfig
+    from .decoder_bagel import BagelTextModel
+
+    class _Model(PreTrainedModel):
+        config: BagelConfig
+        generation_config: GenerationConfig
+
+        def generate(self, *args, **kwargs) -> Any: ...
+
+        def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]: ...
+
+        def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> LongTensor: ...
+
+        def _expand_inputs_for_generation(self, *args, **kwargs) -> tuple[Any, dict[str, Any]]: ...
+
+        def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList: ...
+
+        def predict_velocity(self, x_t: torch.Tensor, t: torch.Tensor, context: Any) -> torch.Tensor: ...
+
+        def decode_latents(self, latents: torch.Tensor, grid: Grid) -> torch.Tensor: ...
+
+        def get_decoder(self) -> BagelTextModel: ...
+else:
+    _Model = GenerationMixin
+
+
+class BagelDrawingMixin(_Model):
     """Reads prompts and draws images under their contexts."""
 
-    def _read_prompt(self, given: dict[str, torch.Tensor], options: DrawingOptions) -> tuple[Prompt, ImageTensors]:
+    def _read_prompt(self, given: Mapping[str, Any], options: DrawingOptions) -> tuple[Prompt, ImageTensors]:
         """The one scan of `input_ids`, and the images beside them."""
-        config, images = self.config, ImageTensors(**{name: given.get(name) for name in IMAGE_INPUTS})
-        names = ("input_ids", "attention_mask", "image_grid_hw", "latent_image_sizes")
-        prompt = Prompt.read(config, *(given.get(name) for name in names))
+        images = ImageTensors.among(given)
+        prompt = Prompt.read(self.config, given["input_ids"], given.get("attention_mask"), *images.sizes)
         positions = given.get("position_ids")
         if positions is not None and not torch.equal(positions, axes_first(prompt.position_ids)):
             raise ValueError(
@@ -244,9 +272,10 @@ class BagelDrawingMixin(GenerationMixin):
         """A view of the kept columns of a cache; columns that no row keeps are sliced off."""
         columns = keep.any(0).nonzero()[:, 0]
         layers, past_valid = [], None
-        if len(columns):
+        if cache is not None and len(columns):
             first, end = int(columns[0]), int(columns[-1]) + 1
-            layers = [(layer.keys[:, :, first:end], layer.values[:, :, first:end]) for layer in cache.layers]
+            stored: list[Any] = cache.layers
+            layers = [(layer.keys[:, :, first:end], layer.values[:, :, first:end]) for layer in stored]
             past_valid = keep[:, first:end]
             past_valid = None if bool(past_valid.all()) else past_valid
         past_length = layers[0][0].shape[2] if layers else 0
@@ -257,8 +286,8 @@ class BagelDrawingMixin(GenerationMixin):
         shape_only = torch.empty(layout.batch_size, layout.length, 0, dtype=self.dtype, device=positions.device)
         attention = prepare_attention(self.config.text_config, layout, shape_only, None, frozen)
         entries = [latent_position_ids(self.config, grid) for grid in grids]
-        entries = nn.utils.rnn.pad_sequence(entries, batch_first=True).to(positions.device)
-        return DrawingContext(frozen, layout, attention, self.get_decoder().route(layout), entries)
+        padded = nn.utils.rnn.pad_sequence(entries, batch_first=True).to(positions.device)
+        return DrawingContext(frozen, layout, attention, self.get_decoder().route(layout), padded)
 
     def _draw(self, branches: Branches, sizes: list[tuple[int, int]], options: DrawingOptions) -> list[torch.Tensor]:
         """-> final latents per sample, float32."""
@@ -269,7 +298,7 @@ class BagelDrawingMixin(GenerationMixin):
         x = integrate(self, branches, x, options, valid)
         return [row[:length] for row, (length, _) in zip(x, shapes)]
 
-    def _finish_image(self, latents: torch.Tensor, size: tuple[int, int], output_type: str):
+    def _finish_image(self, latents: torch.Tensor, size: tuple[int, int], output_type: str) -> Any:
         if output_type == "latent":
             return latents
         pixels = self.decode_latents(latents, latent_grid(self.config, *size)) * 0.5 + 0.5
@@ -433,8 +462,7 @@ class BagelGenerationMixin(BagelDrawingMixin):
         config, device = self.config, prefill.prompt.input_ids.device
         image_processor = getattr(processor, "image_processor", None) or stored_image_processor(self)
         inputs = image_processor([image], edited=True, read=config.visual_und, return_tensors="pt").to(device)
-        read = ImageTensors(**{name: inputs.get(name) for name in IMAGE_INPUTS})
-        read = read._replace(sample_posterior=images.sample_posterior, generator=images.generator)
+        read = ImageTensors.among(inputs)._replace(sample_posterior=images.sample_posterior, generator=images.generator)
         rows, columns = latent_grid(config, *inputs["latent_image_sizes"][0].tolist())
         spans = [(config.latent_token_id, rows * columns)]
         if config.visual_und:
@@ -445,7 +473,7 @@ class BagelGenerationMixin(BagelDrawingMixin):
             for token in (config.vision_start_token_id, *[placeholder] * count, config.vision_end_token_id)
         ]
         input_ids = torch.tensor([ids], device=device)
-        prompt = Prompt.read(config, input_ids, None, read.image_grid_hw, read.latent_image_sizes)
+        prompt = Prompt.read(config, input_ids, None, *read.sizes)
         return self._read(prompt, read, past=prefill)
 
     # ---- transformers' hooks
@@ -453,9 +481,8 @@ class BagelGenerationMixin(BagelDrawingMixin):
     def _prompt_of(self, input_ids: LongTensor, model_kwargs: dict[str, Any]) -> Prompt:
         """The prompt of a text generation, read at the first use and kept among its arguments for the others."""
         if model_kwargs.get("prompt") is None:
-            names = ("attention_mask", "image_grid_hw", "latent_image_sizes")
-            found = Prompt.read(self.config, input_ids, *(model_kwargs.get(name) for name in names))
-            model_kwargs["prompt"] = found
+            sizes = ImageTensors.among(model_kwargs).sizes
+            model_kwargs["prompt"] = Prompt.read(self.config, input_ids, model_kwargs.get("attention_mask"), *sizes)
         return model_kwargs["prompt"]
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
@@ -531,7 +558,7 @@ class BagelGenerationMixin(BagelDrawingMixin):
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Beams and several answers: images are repeated with the row that holds them."""
-        images = ImageTensors(**{name: model_kwargs.get(name) for name in IMAGE_INPUTS})
+        images = ImageTensors.among(model_kwargs)
         if expand_size == 1 or input_ids is None or images.empty:
             return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         rows = [row for row in range(input_ids.shape[0]) for _ in range(expand_size)]
@@ -550,7 +577,7 @@ class BagelGenerationMixin(BagelDrawingMixin):
         vocab_size = self.config.text_config.vocab_size
         placeholders = [id for id in (self.config.image_token_id, self.config.latent_token_id) if id < vocab_size]
         if placeholders:
-            processors.insert(0, SuppressTokensLogitsProcessor(placeholders, device=self.device))
+            processors.insert(0, SuppressTokensLogitsProcessor(placeholders, device=str(self.device)))
         return processors
 
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import nn
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import TransformersKwargs
 
+from .configuration_bagel import BagelConfig
 from .embeddings_bagel import grid_position_ids
 from .flow_bagel import interpolate, patchify_latents, training_timesteps, velocity_target
 from .layout_bagel import (
@@ -114,6 +114,15 @@ class ImageTensors(NamedTuple):
     sample_posterior: bool = False
     generator: torch.Generator | list[torch.Generator] | None = None
 
+    @classmethod
+    def among(cls, kwargs: Mapping[str, Any]) -> "ImageTensors":
+        """Those among the inputs of a model."""
+        return cls(**{name: kwargs.get(name) for name in IMAGE_INPUTS})
+
+    @property
+    def sizes(self) -> tuple[LongTensor | None, LongTensor | None]:
+        return self.image_grid_hw, self.latent_image_sizes
+
     @property
     def empty(self) -> bool:
         return self.pixel_values is None and self.latent_pixel_values is None
@@ -147,7 +156,7 @@ class Prompt:
     @classmethod
     def read(
         cls,
-        config: PreTrainedConfig,
+        config: BagelConfig,
         input_ids: LongTensor,
         attention_mask: torch.Tensor | None = None,
         image_grid_hw: LongTensor | None = None,
@@ -168,14 +177,15 @@ class Prompt:
         sizes = [] if latent_image_sizes is None else latent_image_sizes.tolist()
         latent_grids = tuple(latent_grid(config, *size) for size in sizes)
         placeholders.check(*([rows * columns for rows, columns in grids] for grids in (image_grids, latent_grids)))
-        valid, _ = split_attention_mask(attention_mask, *input_ids.shape, past_length)
+        batch_size, length = input_ids.shape
+        valid, _ = split_attention_mask(attention_mask, batch_size, length, past_length)
         valid = torch.ones_like(input_ids) if valid is None else valid.long()
         grids = placeholders.merge_grids(image_grids, latent_grids) if config.multimodal_positions else None
         position_ids = placeholders.positions(valid, grids)
         return cls(input_ids, valid.bool(), placeholders, image_grids, latent_grids, position_ids)
 
     @classmethod
-    def of_text(cls, config: PreTrainedConfig, input_ids: LongTensor, valid: BoolTensor) -> "Prompt":
+    def of_text(cls, config: BagelConfig, input_ids: LongTensor, valid: BoolTensor) -> "Prompt":
         """Text alone, known to hold no image."""
         none = torch.zeros_like(valid)
         position_ids = count_positions(valid.long()) * valid
@@ -278,7 +288,7 @@ class Prompt:
         )
 
 
-def find_placeholders(config: PreTrainedConfig, input_ids: LongTensor) -> Placeholders:
+def find_placeholders(config: BagelConfig, input_ids: LongTensor) -> Placeholders:
     names = ("image_token_id", "latent_token_id", "vision_start_token_id", "vision_end_token_id")
     return Placeholders.find(input_ids, *(getattr(config, name) for name in names))
 
@@ -304,7 +314,7 @@ def _select_images(images: ImageTensors, name: str, grids: Sequence[Grid], numbe
 # Sizes and table entries of images
 
 
-def latent_grid(config: PreTrainedConfig, height: int, width: int) -> Grid:
+def latent_grid(config: BagelConfig, height: int, width: int) -> Grid:
     """
     Rows and columns of latent tokens of an image of this many pixels.
 
@@ -324,18 +334,18 @@ def latent_grid(config: PreTrainedConfig, height: int, width: int) -> Grid:
     return height // stride, width // stride
 
 
-def latent_position_ids(config: PreTrainedConfig, grid: Grid) -> torch.Tensor:
+def latent_position_ids(config: BagelConfig, grid: Grid) -> torch.Tensor:
     """Entries of the latent position table, see [`~embeddings_bagel.grid_position_ids`]."""
     return grid_position_ids(*grid, config.max_latent_size, config.interpolate_pos)
 
 
-def vit_position_ids(config: PreTrainedConfig, grids: Sequence[Grid]) -> torch.Tensor:
+def vit_position_ids(config: BagelConfig, grids: Sequence[Grid]) -> torch.Tensor:
     """Entries of the ViT position table for several images, one after the other."""
     side = config.vit_max_num_patch_per_side
     return torch.cat([grid_position_ids(*grid, side, config.interpolate_pos) for grid in grids])
 
 
-def require_visual_gen(config: PreTrainedConfig, what: str) -> None:
+def require_visual_gen(config: BagelConfig, what: str) -> None:
     if not config.visual_gen:
         raise ValueError(
             f"This model was built with visual_gen=False (stage 1): it cannot {what}. Load the joint model (stage=2) "
@@ -410,7 +420,7 @@ class Inputs:
     @classmethod
     def from_padded(
         cls,
-        config: PreTrainedConfig,
+        config: BagelConfig,
         encode: Encoder,
         input_ids: LongTensor | None,
         inputs_embeds: torch.Tensor | None,
@@ -431,26 +441,27 @@ class Inputs:
             check_axes(config, "position_ids", position_ids.shape[0] if position_ids.ndim == 3 else 1, not images.empty)
             position_ids = axes_last(position_ids)
         text_ids = None if input_ids is None or inputs_embeds is not None else word_ids(config, input_ids)
-        given = input_ids if inputs_embeds is None else inputs_embeds
         if images.empty:
-            if inputs_embeds is None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
-                _refuse_placeholders(config, input_ids)
-            if inputs_embeds is None and attention_mask is None and restarts(position_ids) and not past_length:
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            assert given is not None
+            if text_ids is not None and given.shape[1] > 1 and not torch.compiler.is_compiling():
+                _refuse_placeholders(config, given)
+            if text_ids is not None and attention_mask is None and restarts(position_ids) and not past_length:
                 return cls(PackedLayout.flattened(position_ids), text_ids)
-            shape, device = given.shape[:2], given.device
-            layout = PackedLayout.text(*shape, attention_mask, position_ids, past_length, device)
+            batch_size, length = given.shape[:2]
+            layout = PackedLayout.text(batch_size, length, attention_mask, position_ids, past_length, given.device)
             return cls(layout, text_ids, inputs_embeds, attention_mask=attention_mask)
         _check_images(config, images)
         if prompt is None:
-            sizes = (images.image_grid_hw, images.latent_image_sizes)
-            prompt = Prompt.read(config, input_ids, attention_mask, *sizes, past_length)
+            assert input_ids is not None
+            prompt = Prompt.read(config, input_ids, attention_mask, *images.sizes, past_length=past_length)
         layout = prompt.layout(attention_mask, position_ids, past_length)
         vit, latents = _read_images(config, encode, prompt, images)
         return cls(layout, text_ids, inputs_embeds, vit, latents, attention_mask=attention_mask)
 
     @classmethod
     def from_pack(
-        cls, config: PreTrainedConfig, encode: Encoder, pack: Mapping[str, Any], generator: torch.Generator | None
+        cls, config: BagelConfig, encode: Encoder, pack: Mapping[str, Any], generator: torch.Generator | None
     ) -> "Inputs":
         """
         A training pack, see [`PackKwargs`].
@@ -493,7 +504,7 @@ class Inputs:
     @classmethod
     def to_draw(
         cls,
-        config: PreTrainedConfig,
+        config: BagelConfig,
         layout: PackedLayout,
         x_t: torch.Tensor,
         t: torch.Tensor,
@@ -514,7 +525,7 @@ class Inputs:
         return cls(layout, text_ids, latents=latents)
 
 
-def word_ids(config: PreTrainedConfig, input_ids: LongTensor) -> LongTensor:
+def word_ids(config: BagelConfig, input_ids: LongTensor) -> LongTensor:
     """Ids for the embedding table: placeholders, and a pad id that lies outside the vocabulary, become 0."""
     outside = (input_ids == config.image_token_id) | (input_ids == config.latent_token_id)
     if config.pad_token_id is not None and config.pad_token_id >= config.text_config.vocab_size:
@@ -522,7 +533,7 @@ def word_ids(config: PreTrainedConfig, input_ids: LongTensor) -> LongTensor:
     return input_ids.masked_fill(outside, 0)
 
 
-def check_axes(config: PreTrainedConfig, name: str, axes: int, has_images: bool) -> None:
+def check_axes(config: BagelConfig, name: str, axes: int, has_images: bool) -> None:
     """Three positions per token are for models with `mrope_section`, and images need them there."""
     section = config.text_config.mrope_section
     if axes not in (1, 3) or (axes == 3 and section is None):
@@ -563,13 +574,13 @@ def as_index(index: torch.Tensor | None) -> LongTensor | None:
 # ---- padded batches
 
 
-def _refuse_placeholders(config: PreTrainedConfig, input_ids: LongTensor) -> None:
+def _refuse_placeholders(config: BagelConfig, input_ids: LongTensor) -> None:
     marked = (input_ids == config.image_token_id) | (input_ids == config.latent_token_id)
     if bool(marked.any()):
         Prompt.read(config, input_ids)  # says which images are missing
 
 
-def _check_images(config: PreTrainedConfig, images: ImageTensors) -> None:
+def _check_images(config: BagelConfig, images: ImageTensors) -> None:
     if images.pixel_values is not None:
         if not config.visual_und:
             raise ValueError("This model was built with visual_und=False: it has no vision tower to read images with.")
@@ -587,7 +598,7 @@ def _check_images(config: PreTrainedConfig, images: ImageTensors) -> None:
             raise ValueError(f"latent_image_sizes describes {described} images, latent_pixel_values holds {given}.")
 
 
-def check_patches(config: PreTrainedConfig, pixel_values: torch.Tensor, image_grid_hw: LongTensor) -> list[Grid]:
+def check_patches(config: BagelConfig, pixel_values: torch.Tensor, image_grid_hw: LongTensor) -> list[Grid]:
     """The grids, after a look at whether they describe these patches."""
     grids = [(int(rows), int(columns)) for rows, columns in image_grid_hw.tolist()]
     patch_dim, shape = config.vision_config.patch_dim, tuple(pixel_values.shape)
@@ -601,7 +612,7 @@ def check_patches(config: PreTrainedConfig, pixel_values: torch.Tensor, image_gr
 
 
 def _read_images(
-    config: PreTrainedConfig, encode: Encoder, prompt: Prompt, images: ImageTensors
+    config: BagelConfig, encode: Encoder, prompt: Prompt, images: ImageTensors
 ) -> tuple[VitTokens | None, LatentTokens | None]:
     vit = latents = None
     if images.pixel_values is not None:
@@ -617,8 +628,8 @@ def _read_images(
         ]
         if images.generator is not None:
             owners = prompt.image_rows(prompt.placeholders.latent)
-            each = isinstance(images.generator, list | tuple)
-            generators = [images.generator[row] if each else images.generator for row in owners]
+            given = images.generator
+            generators = [given if isinstance(given, torch.Generator) else given[row] for row in owners]
         clean = torch.cat(encode(pixels, images.sample_posterior, generators)).to(index.device)
         position_ids = torch.cat([latent_position_ids(config, grid) for grid in prompt.latent_grids]).to(index.device)
         latents = LatentTokens(clean, torch.zeros(len(clean), device=index.device), position_ids, index)
@@ -628,7 +639,7 @@ def _read_images(
 # ---- packs
 
 
-def _pack_patches(config: PreTrainedConfig, pack: Mapping[str, Any], index: LongTensor | None) -> VitTokens | None:
+def _pack_patches(config: BagelConfig, pack: Mapping[str, Any], index: LongTensor | None) -> VitTokens | None:
     if index is None:
         return None
     if not config.visual_und:
@@ -651,7 +662,7 @@ def _pack_patches(config: PreTrainedConfig, pack: Mapping[str, Any], index: Long
 
 
 def _pack_latents(
-    config: PreTrainedConfig,
+    config: BagelConfig,
     encode: Encoder,
     pack: Mapping[str, Any],
     index: LongTensor | None,
@@ -695,6 +706,7 @@ def _pack_targets(pack: Mapping[str, Any], latents: LatentTokens | None) -> Targ
             )
         targets = targets._replace(label_index=index, labels=labels, label_weights=pack.get("ce_loss_weights"))
     if latents is not None and (index := as_index(pack.get("mse_loss_indexes"))) is not None:
+        assert latents.velocity is not None
         velocity = latents.velocity[latents.t > 0]
         if len(velocity) != len(index):
             raise ValueError(

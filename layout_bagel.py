@@ -34,7 +34,7 @@ and the next token follows that. An image of 2 rows and 3 columns (s, e = vision
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
@@ -498,7 +498,7 @@ def axes_last(position_ids: LongTensor) -> LongTensor:
     return position_ids.movedim(0, -1) if position_ids.ndim == 3 else position_ids
 
 
-def restarts(position_ids: LongTensor | None) -> bool:
+def restarts(position_ids: LongTensor | None) -> TypeGuard[LongTensor]:
     """Whether a single row of positions starts again from 0."""
     single = position_ids is not None and position_ids.ndim == 2 and position_ids.shape[0] == 1
     return single and not torch.compiler.is_compiling() and bool((position_ids[:, 1:] == 0).any())

@@ -12,7 +12,7 @@ import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -145,9 +145,10 @@ class BagelModel(BagelPreTrainedModel):
         strict = not want_info and kwargs.get("state_dict") is None
         config, kwargs = check_checkpoint(cls, pretrained_model_name_or_path, config, kwargs, strict)
         with released_vae_names(cls.__name__, config.vae_config):
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
             )
+            model, info = loaded
         if strict:
             refuse_missing_weights(model, pretrained_model_name_or_path, info, kwargs)
         model.freeze_vae()
@@ -191,7 +192,7 @@ class BagelModel(BagelPreTrainedModel):
         return self.language_model.model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.model.embed_tokens = value
+        self.language_model.model.embed_tokens = cast(nn.Embedding, value)
 
     def get_decoder(self) -> BagelTextModel:
         return self.language_model.model
@@ -232,7 +233,7 @@ class BagelModel(BagelPreTrainedModel):
         )
         return BaseModelOutputWithPooling(
             last_hidden_state=seen.last_hidden_state,
-            pooler_output=features.split(lengths),
+            pooler_output=cast(Any, features.split(lengths)),
             hidden_states=seen.hidden_states,
             attentions=seen.attentions,
         )
@@ -250,7 +251,7 @@ class BagelModel(BagelPreTrainedModel):
         latent_pixel_values: torch.Tensor | None = None,
         latent_image_sizes: LongTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[BagelKwargs],
+        **kwargs: Unpack[BagelKwargs],  # pyright: ignore[reportGeneralTypeIssues]  position_ids is in both
     ) -> BaseModelOutputWithPast:
         """Arguments as in [`BagelForUnifiedMultimodal.forward`]; `last_hidden_state` (batch, length, hidden_size)."""
         options = check_kwargs(kwargs)
@@ -291,12 +292,14 @@ class BagelModel(BagelPreTrainedModel):
             pixel_values=images[0],
             latent_pixel_values=images[2],
         )
-        tensors = ImageTensors(*images, bool(options.get("sample_posterior")), generator)
-        if input_ids is None and not tensors.empty:
+        tensors = ImageTensors(*images)._replace(
+            sample_posterior=bool(options.get("sample_posterior")), generator=generator
+        )
+        if inputs_embeds is not None and not tensors.empty:
             input_ids = self._ids_of(inputs_embeds)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        batch = (input_ids, inputs_embeds, attention_mask, position_ids, past_length, tensors)
-        inputs = Inputs.from_padded(self.config, self.encode_images, *batch, options.get("prompt"))
+        batch = (input_ids, inputs_embeds, attention_mask, position_ids, past_length, tensors, options.get("prompt"))
+        inputs = Inputs.from_padded(self.config, self.encode_images, *batch)
         if len(options.get("cu_seq_lens_q", ())) > 2 and inputs.layout.causal:
             raise ValueError(
                 f"cu_seq_lens_q={options['cu_seq_lens_q'].tolist()} names several samples, position_ids only one: pass "
@@ -383,7 +386,7 @@ class BagelModel(BagelPreTrainedModel):
 
     def _ids_of(self, inputs_embeds: torch.Tensor) -> LongTensor:
         """Find the marks of images again in embeddings that were made with this model's table; -1 elsewhere."""
-        config, table = self.config, self.get_input_embeddings()
+        config, table = self.config, self.language_model.model.embed_tokens
         marks = ("image_token_id", "latent_token_id", "vision_start_token_id", "vision_end_token_id")
         ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
         for mark in (getattr(config, name) for name in marks):
@@ -430,15 +433,16 @@ class BagelModel(BagelPreTrainedModel):
         same_size: dict[torch.Size, list[int]] = {}
         for number, image in enumerate(images):
             same_size.setdefault(image.shape, []).append(number)
-        posteriors = [None] * len(images)
+        vae: Any = self.vae
+        posteriors: list[tuple[torch.Tensor, torch.Tensor]] = [(images[0], images[0])] * len(images)
         for shape, numbers in same_size.items():
             together = max(1, PIXELS_PER_ENCODING // (shape[1] * shape[2]))
             for first in range(0, len(numbers), together):
                 chunk = numbers[first : first + together]
                 pixels = torch.stack([images[number] for number in chunk])
-                pixels = pixels.to(device=self.vae.device, dtype=self.vae.dtype)
-                with torch.autocast(self.vae.device.type, enabled=False):  # float32 in mixed precision too
-                    seen = self.vae.encode(pixels).latent_dist
+                pixels = pixels.to(device=vae.device, dtype=vae.dtype)
+                with torch.autocast(vae.device.type, enabled=False):  # float32 in mixed precision too
+                    seen = vae.encode(pixels).latent_dist
                 for number, mean, std in zip(chunk, seen.mean, seen.std):
                     posteriors[number] = mean, std
         return posteriors
@@ -446,10 +450,11 @@ class BagelModel(BagelPreTrainedModel):
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(latent tokens, patch_latent_dim) and its (rows, columns) -> (3, height, width) in about [-1, 1], float32."""
+        vae: Any = self.vae
         vae_config = self.config.vae_config
         z = unpatchify_latents(latents, grid, self.config.latent_patch_size)[None]
         z = z / vae_config.scale_factor + vae_config.shift_factor
-        return self.vae.decode(z.to(device=self.vae.device, dtype=self.vae.dtype)).sample[0].float()
+        return vae.decode(z.to(device=vae.device, dtype=vae.dtype)).sample[0].float()
 
 
 class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMixin):
@@ -482,7 +487,7 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
         return self.language_model.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.lm_head = new_embeddings
+        self.language_model.lm_head = cast(nn.Linear, new_embeddings)
 
     def resize_token_embeddings(
         self,
@@ -535,7 +540,7 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
         latent_image_sizes: LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[BagelKwargs],
+        **kwargs: Unpack[BagelKwargs],  # pyright: ignore[reportGeneralTypeIssues]  position_ids is in both
     ) -> BagelOutput:
         r"""
         A padded batch (the arguments below), or a training pack (`sequence_length` and the others of
@@ -567,9 +572,18 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
         images = (pixel_values, image_grid_hw, latent_pixel_values, latent_image_sizes)
         inputs = self.prepare_inputs(*batch, images, options)
         output = self.run(inputs, past_key_values, use_cache, options)
-        if inputs.targets is not None:
-            return self._learn(inputs.targets, output, options.get("num_items_in_batch"))
         hidden_states = output.last_hidden_state
+        assert hidden_states is not None
+        if inputs.targets is not None:
+            loss, ce, mse = self._learn(inputs.targets, hidden_states[0], options.get("num_items_in_batch"))
+            return BagelOutput(
+                loss=loss,
+                ce=ce,
+                mse=mse,
+                last_hidden_state=hidden_states[0],
+                hidden_states=output.hidden_states,
+                attentions=output.attentions,
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.language_model.lm_head(hidden_states[:, kept])
         return BagelOutput(
@@ -615,22 +629,17 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
         )
         return loss + self._no_velocity(hidden_states)
 
-    def _learn(self, targets: Targets, output: BaseModelOutputWithPast, num_items: torch.Tensor | None) -> BagelOutput:
-        """Errors and loss of a pack, unreduced errors as in the released code."""
-        hidden_states, ce, mse = output.last_hidden_state[0], None, None
-        if targets.label_index is not None:
+    def _learn(
+        self, targets: Targets, hidden_states: torch.Tensor, num_items: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Loss of a pack, and its unreduced errors as in the released code: (labels,), (tokens, patch_latent_dim)."""
+        ce = mse = None
+        if targets.label_index is not None and targets.labels is not None:
             logits = self.language_model.lm_head(hidden_states[targets.label_index])
             ce = nn.functional.cross_entropy(logits.float(), targets.labels, reduction="none")
         if targets.velocity_index is not None:
             mse = (self.llm2vae(hidden_states[targets.velocity_index]).float() - targets.velocity) ** 2
-        return BagelOutput(
-            loss=self._pack_loss(targets, ce, mse, num_items, hidden_states),
-            ce=ce,
-            mse=mse,
-            last_hidden_state=hidden_states,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        return self._pack_loss(targets, ce, mse, num_items, hidden_states), ce, mse
 
     def _pack_loss(
         self,
@@ -660,7 +669,7 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
             losses.append(self.config.mse_weight * per_token.sum() / (len(mse) if num_latents is None else num_latents))
         if losses and mse is None:
             losses.append(self._no_velocity(hidden_states))
-        return sum(losses) if losses else None
+        return sum(losses[1:], losses[0]) if losses else None
 
     def _no_velocity(self, hidden_states: torch.Tensor) -> torch.Tensor | float:
         """Zero, through the velocity head: a batch without latents still gives its parameters a (zero) gradient."""
