@@ -582,7 +582,7 @@ class _RopeCheck:
 
     def require(self, name: str, at_least: float, needs: str, optional: bool = False, above: bool = False) -> None:
         """A number of `at_least` so much, or `above` that."""
-        value = self.rope.get(name)
+        value: Any = self.rope.get(name)
         if value is None and optional:
             return
         if not _is_number(value) or not (value > at_least if above else value >= at_least):
@@ -633,9 +633,9 @@ class _RopeCheck:
             self.refuse("original_max_position_embeddings", needs)
 
     def check_factor_per_pair(self, name: str) -> None:
-        values = self.rope.get(name)
+        values: Any = self.rope.get(name)
         is_list = isinstance(values, list | tuple)
-        if is_list and len(values) == self.pairs and all(isinstance(one, Real) and one > 0 for one in values):
+        if is_list and len(values) == self.pairs and all(_is_number(one) and one > 0 for one in values):
             return
         found = f", it has {len(values)}" if is_list else ""
         self.refuse(name, f"must be {self.pairs} positive numbers, one per pair of features that is rotated{found}")
