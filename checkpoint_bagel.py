@@ -552,17 +552,17 @@ def check_checkpoint(
     if kwargs.get("quantization_config") is not None:
         kwargs["quantization_config"] = decoder_only(kwargs["quantization_config"])
     path = _base_of_adapter(path, kwargs)
-    config = resolve_config(model_class.config_class, path, config, overrides, kwargs)
+    resolved = resolve_config(model_class.config_class, path, config, overrides, kwargs)
     if path is not None and not kwargs.get("gguf_file"):
         kwargs["use_safetensors"] = True  # transformers would fall back to pickles
-    files = _files_to_check(path, config, kwargs)
+    files = _files_to_check(path, resolved, kwargs)
     if files is not None:
         tensors = read_tensors(files)
         if not kwargs.get("ignore_mismatched_sizes"):
-            config.max_latent_size = _stored_latent_side(config, tensors)
+            resolved.max_latent_size = _stored_latent_side(resolved, tensors)
         if strict and kwargs.get("key_mapping") is None:
-            check_tensors(model_class, config, tensors, kwargs.get("ignore_mismatched_sizes", False))
-    return config, kwargs
+            check_tensors(model_class, resolved, tensors, kwargs.get("ignore_mismatched_sizes", False))
+    return resolved, kwargs
 
 
 def decoder_only(quantization_config: Any) -> Any:
@@ -665,7 +665,7 @@ def overridden_ids(
 
 
 def refuse_missing_weights(
-    model: nn.Module, path: str | os.PathLike | None, info: Mapping[str, Any], kwargs: Mapping[str, Any]
+    model: Any, path: str | os.PathLike | None, info: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> None:
     """
     After loading: refuse a model with tensors that are missing, foreign, or still on the meta device.

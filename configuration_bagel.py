@@ -10,7 +10,7 @@ object.
 import copy
 import math
 from numbers import Real
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -96,6 +96,8 @@ class BagelTextConfig(Qwen2Config):
     num_attention_heads: int = 28
     num_key_value_heads: int | None = 4
     max_position_embeddings: int = 32768
+    if TYPE_CHECKING:
+        rope_parameters: Any
     qk_norm: bool = True
     layer_module: str | None = None
     freeze_und: bool = False
@@ -156,8 +158,12 @@ class BagelVisionConfig(SiglipVisionConfig):
     intermediate_size: int = 4304
     num_hidden_layers: int = 27
     num_attention_heads: int = 16
-    image_size: int | list[int] | tuple[int, int] = 980
-    patch_size: int | list[int] | tuple[int, int] = 14
+    if TYPE_CHECKING:  # others are refused
+        image_size: int
+        patch_size: int
+    else:
+        image_size: int | list[int] | tuple[int, int] = 980
+        patch_size: int | list[int] | tuple[int, int] = 14
     position_embedding: str = "learned"
     rope: bool = False
     initializer_range: float = 0.02
@@ -175,12 +181,7 @@ class BagelVisionConfig(SiglipVisionConfig):
         self.check_rotary_heads()
 
     def check_rotary_heads(self) -> None:
-        """
-        Heads of a rotary tower consist of pairs for rows and as many for columns.
-
-        Raises:
-            ValueError: the tower is rotary and its head dimension no multiple of 4.
-        """
+        """Refuse a rotary tower whose head dimension is no multiple of 4: pairs for rows and as many for columns."""
         head_dim = self.hidden_size // self.num_attention_heads
         if self.position_embedding != "learned" and head_dim % 4:
             raise ValueError(
@@ -290,9 +291,14 @@ class BagelConfig(PreTrainedConfig):
     }
     keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state", "ce", "mse"]
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    vae_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # what they are once the config is made
+        vision_config: BagelVisionConfig
+        text_config: BagelTextConfig
+        vae_config: BagelVAEConfig
+    else:
+        vision_config: dict | PreTrainedConfig | None = None
+        text_config: dict | PreTrainedConfig | None = None
+        vae_config: dict | PreTrainedConfig | None = None
     visual_und: bool = True
     visual_gen: bool = False
     stage: int | str | None = None
@@ -444,7 +450,7 @@ def _coerce_text_config(cfg: dict[str, Any] | Qwen2Config | None) -> BagelTextCo
     return _coerce(cfg, BagelTextConfig)
 
 
-def _coerce_vision_config(cfg: dict[str, Any] | SiglipVisionConfig | None) -> BagelVisionConfig | None:
+def _coerce_vision_config(cfg: dict[str, Any] | SiglipVisionConfig | None) -> Any:
     """A SigLIP vision config with BAGEL's `rope` and `position_embedding`; `None` stays `None`."""
     return None if cfg is None else _coerce(cfg, BagelVisionConfig)
 
@@ -530,12 +536,7 @@ def _rotary_dim(rope: dict[str, Any], head_dim: int) -> int:
 
 
 class _RopeCheck:
-    """
-    Refuses rope parameters that transformers would only log about before computing with them.
-
-    Args:
-        rope: as [`_rope_parameters`] returns them. head_dim: features of a head. max_position_embeddings: tokens.
-    """
+    """Refuses rope parameters, as [`_rope_parameters`] returns them, that transformers would only log."""
 
     def __init__(self, rope: dict[str, Any], head_dim: int, max_position_embeddings: int):
         self.rope, self.rope_type, self.head_dim = rope, rope["rope_type"], head_dim
@@ -581,7 +582,7 @@ class _RopeCheck:
 
     def require(self, name: str, at_least: float, needs: str, optional: bool = False, above: bool = False) -> None:
         """A number of `at_least` so much, or `above` that."""
-        value = self.rope.get(name)
+        value: Any = self.rope.get(name)
         if value is None and optional:
             return
         if not _is_number(value) or not (value > at_least if above else value >= at_least):
@@ -632,9 +633,9 @@ class _RopeCheck:
             self.refuse("original_max_position_embeddings", needs)
 
     def check_factor_per_pair(self, name: str) -> None:
-        values = self.rope.get(name)
+        values: Any = self.rope.get(name)
         is_list = isinstance(values, list | tuple)
-        if is_list and len(values) == self.pairs and all(isinstance(one, Real) and one > 0 for one in values):
+        if is_list and len(values) == self.pairs and all(_is_number(one) and one > 0 for one in values):
             return
         found = f", it has {len(values)}" if is_list else ""
         self.refuse(name, f"must be {self.pairs} positive numbers, one per pair of features that is rotated{found}")

@@ -337,7 +337,8 @@ class BagelTimestepEmbedding(nn.Module):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """(n,) timesteps in [0, 1], 0 = clean picture -> (n, hidden_size)."""
-        return self.mlp(_timestep_features(t, self.frequency_embedding_size).to(self.mlp[0].weight.dtype))
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(_timestep_features(t, self.frequency_embedding_size).to(dtype))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -440,13 +441,13 @@ class BagelTextRotaryEmbedding(Qwen2RotaryEmbedding):
 
     def _frequencies(self, position_ids: torch.Tensor, sample_ids: torch.Tensor | None) -> torch.Tensor:
         """(rotary_dim / 2,), or one row of them per token; float32."""
-        device = position_ids.device
+        device, rope = position_ids.device, self.config.rope_parameters or {}
         frequencies = self.inv_freq.to(device, torch.float32)
         if self.rope_type == "dynamic":  # `seq_len` may be a tensor: one length, and so one row, per token
             lengths = _sample_lengths(position_ids, sample_ids)
             return ROPE_INIT_FUNCTIONS["dynamic"](self.config, device, seq_len=lengths)[0]
         if self.rope_type == "longrope":
-            known = self.config.rope_parameters["original_max_position_embeddings"]
+            known = int(rope["original_max_position_embeddings"] or 0)
             longer = ROPE_INIT_FUNCTIONS["longrope"](self.config, device, seq_len=known + 1)[0]
             return torch.where(_sample_lengths(position_ids, sample_ids) > known, longer, frequencies)
         return frequencies

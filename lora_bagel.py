@@ -33,8 +33,11 @@ from .configuration_bagel import EXPERT_SUFFIXES, expert_suffixes, is_gen_name
 logger = logging.get_logger(__name__)
 
 EXPERTS = ("both", *EXPERT_SUFFIXES)
-LAYER_PATTERNS = {"attention": r"self_attn\.[qkvo]_proj{}", "mlp": r"mlp{}\.(gate|up|down)_proj"}  # {} = the expert
-PARTS = tuple(LAYER_PATTERNS)
+LAYER_PATTERNS: dict[Literal["attention", "mlp"], str] = {  # {} stands for the suffix of the expert
+    "attention": r"self_attn\.[qkvo]_proj{}",
+    "mlp": r"mlp{}\.(gate|up|down)_proj",
+}
+PARTS: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -145,14 +148,14 @@ def check_adapter_tensors(model: nn.Module, peft_config: Any, shapes: Mapping[st
         ValueError: as [`check_adapter`].
     """
     base = _layer_sizes(model)
-    shapes = {name.removeprefix(PEFT_PREFIX): tuple(shape) for name, shape in shapes.items()}
+    stored = {name.removeprefix(PEFT_PREFIX): tuple(shape) for name, shape in shapes.items()}
     switched_off = _switched_off(model)
-    used = {name: shape for name, shape in shapes.items() if not switched_off.search(name)}
+    used = {name: shape for name, shape in stored.items() if not switched_off.search(name)}
     if not used:
         raise ValueError(
             f"{source} holds nothing for this model: "
             + (
-                f"its {len(shapes)} tensors are for parts that this model is built without ({some(list(shapes), 2)}). "
+                f"its {len(shapes)} tensors are for parts that this model is built without ({some(list(stored), 2)}). "
                 "Load the joint model (stage=2)."
                 if shapes
                 else "it holds no tensors at all. Save it again."
@@ -261,7 +264,7 @@ def _unfilled(targeted: set[str], stored: Mapping[str, tuple[int, ...]]) -> list
     return sorted(name for names in parts.values() if names & filled for name in names - filled)
 
 
-def _switched_off(model: nn.Module) -> re.Pattern:
+def _switched_off(model: Any) -> re.Pattern:
     """Matches the tensors of parts that the model is built without."""
     return re.compile("|".join(switched_off_parts(model.config)) or r"(?!)")
 
@@ -320,7 +323,10 @@ def _layers(names: Sequence[str]) -> str:
 # Around transformers' own adapter methods
 
 
-class BagelAdapterMixin:
+_PreTrainedModel: Any = object  # for type checkers: the methods and modules of the class that this is mixed into
+
+
+class BagelAdapterMixin(_PreTrainedModel):
     """
     transformers' adapter methods, all or nothing: after an error the model is what it was before.
 

@@ -170,22 +170,22 @@ def from_backbones(
         parts["vae_config"] = read_vae(vae)
     if tokenizer is not None:
         overrides = {**add_special_tokens(tokenizer), **overrides}
-    config = _config_of_parts(model_class.config_class, parts, config, overrides)
-    rows = max(config.text_config.vocab_size, 0 if tokenizer is None else _rows_of(tokenizer))
-    _check_config(config, parts, rows)
-    parts = {name: part for name, part in parts.items() if _is_wanted(name, config)}
+    whole = _config_of_parts(model_class.config_class, parts, config, overrides)
+    rows = max(whole.text_config.vocab_size, 0 if tokenizer is None else _rows_of(tokenizer))
+    _check_config(whole, parts, rows)
+    parts = {name: part for name, part in parts.items() if _is_wanted(name, whole)}
 
-    config.text_config.vocab_size = parts["text_config"].tensors["embed_tokens.weight"].shape[0]
-    tensors = _tensors_of_parts(model_class, config, parts)
+    whole.text_config.vocab_size = parts["text_config"].tensors["embed_tokens.weight"].shape[0]
+    tensors = _tensors_of_parts(model_class, whole, parts)
     model, _ = model_class.from_pretrained(
         None,
-        config=config,
+        config=whole,
         state_dict=tensors,
         dtype=_dtype_of(parts["text_config"]) if dtype in (None, "auto") else dtype,
         output_loading_info=True,
         **loading,
     )
-    if rows > config.text_config.vocab_size:
+    if rows > whole.text_config.vocab_size:
         model.resize_token_embeddings(rows)
     return model
 
