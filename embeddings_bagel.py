@@ -13,6 +13,7 @@ Two layouts say which two features of a head of D are a pair:
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, rotate_half
+
+from .configuration_bagel import BagelConfig
 
 
 _SIN_COS_BASE = 10000.0
@@ -248,6 +251,37 @@ def _coordinates_in_table(rows: int, columns: int, table_side: int, shrink_only:
         steps = [min(1.0, *steps)] * 2
     axes = [torch.arange(n, dtype=torch.float64) * step for n, step in zip((rows, columns), steps)]
     return torch.cartesian_prod(*axes).float()
+
+
+def latent_grid(config: BagelConfig, height: int, width: int) -> tuple[int, int]:
+    """
+    Rows and columns of latent tokens of an image of this many pixels.
+
+    Raises:
+        ValueError: a side that is no multiple of `latent_downsample`, or more tokens than the latent table has.
+    """
+    stride, side = config.latent_downsample, config.max_latent_size
+    for name, size in (("height", height), ("width", width)):
+        if size <= 0 or size % stride:
+            nearest = max(round(size / stride), 1) * stride
+            raise ValueError(f"{name}={size} must be a positive multiple of {stride}; the nearest is {nearest}.")
+        if size // stride > side and not config.interpolate_pos:
+            raise ValueError(
+                f"{name}={size} needs {size // stride} latent tokens per side, max_latent_size={side} allows "
+                f'{side * stride} pixels. Use a smaller image, or set interpolate_pos="fit".'
+            )
+    return height // stride, width // stride
+
+
+def latent_position_ids(config: BagelConfig, grid: tuple[int, int]) -> torch.Tensor:
+    """Entries of the latent position table, see [`grid_position_ids`]."""
+    return grid_position_ids(*grid, config.max_latent_size, config.interpolate_pos)
+
+
+def vit_position_ids(config: BagelConfig, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Entries of the ViT position table for several images, one after the other."""
+    side = config.vit_max_num_patch_per_side
+    return torch.cat([grid_position_ids(*grid, side, config.interpolate_pos) for grid in grids])
 
 
 def read_table(table: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput, logging
 
 from .attention_bagel import AttentionSpec, FrozenContext, prepare_attention
 from .decoder_bagel import Routing
+from .embeddings_bagel import latent_grid, latent_position_ids
 from .flow_bagel import DRAWING_ARGUMENTS, STORED_ARGUMENTS, Branches, DrawingOptions, initial_noise, integrate
 from .inputs_bagel import (
     IMAGE_INPUTS,
@@ -33,8 +34,6 @@ from .inputs_bagel import (
     ImageTensors,
     Prompt,
     find_placeholders,
-    latent_grid,
-    latent_position_ids,
     require_visual_gen,
 )
 from .layout_bagel import BoolTensor, LongTensor, PackedLayout, axes_first, next_position
@@ -42,6 +41,7 @@ from .layout_bagel import BoolTensor, LongTensor, PackedLayout, axes_first, next
 
 logger = logging.get_logger(__name__)
 
+GENERATE: Any = GenerationMixin.generate  # pyright: ignore[reportAttributeAccessIssue]  typed for subclasses only
 GENERATION_MODES = ("text", "image", "interleaved")
 DEFAULT_SIDE = 1024
 MAX_PLAN_TOKENS = 1000
@@ -365,7 +365,7 @@ class BagelGenerationMixin(BagelDrawingMixin):
         """Split keyword arguments into prompt, drawing, text and mode arguments; anything else is refused."""
         prompt_names = ("input_ids", "attention_mask", "position_ids", *IMAGE_INPUTS)
         text_names = set(GenerationConfig().to_dict()) | {
-            *inspect.signature(GenerationMixin.generate).parameters,
+            *inspect.signature(GENERATE).parameters,
             "tokenizer",
             "assistant_tokenizer",
         }

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.utils import TransformersKwargs
 
 from .configuration_bagel import BagelConfig
-from .embeddings_bagel import grid_position_ids
+from .embeddings_bagel import latent_grid, latent_position_ids, vit_position_ids
 from .flow_bagel import interpolate, patchify_latents, training_timesteps, velocity_target
 from .layout_bagel import (
     BoolTensor,
@@ -117,7 +117,8 @@ class ImageTensors(NamedTuple):
     @classmethod
     def among(cls, kwargs: Mapping[str, Any]) -> "ImageTensors":
         """Those among the inputs of a model."""
-        return cls(**{name: kwargs.get(name) for name in IMAGE_INPUTS})
+        given: dict[str, Any] = {name: kwargs.get(name) for name in IMAGE_INPUTS}
+        return cls(**given)
 
     @property
     def sizes(self) -> tuple[LongTensor | None, LongTensor | None]:
@@ -130,6 +131,18 @@ class ImageTensors(NamedTuple):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that are there, by their names in `forward`."""
         return {name: value for name in IMAGE_INPUTS if (value := getattr(self, name)) is not None}
+
+
+class PaddedBatch(NamedTuple):
+    """A padded batch as `forward` gets it; what is cached is `past_length` tokens long."""
+
+    input_ids: LongTensor | None
+    attention_mask: torch.Tensor | None
+    position_ids: LongTensor | None
+    past_length: int
+    inputs_embeds: torch.Tensor | None
+    images: ImageTensors
+    prompt: "Prompt | None" = None
 
 
 IMAGE_INPUTS = ("pixel_values", "image_grid_hw", "latent_pixel_values", "latent_image_sizes")
@@ -310,41 +323,6 @@ def _select_images(images: ImageTensors, name: str, grids: Sequence[Grid], numbe
     return images._replace(**{content: tensor, sizes: getattr(images, sizes)[list(numbers)]})
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Sizes and table entries of images
-
-
-def latent_grid(config: BagelConfig, height: int, width: int) -> Grid:
-    """
-    Rows and columns of latent tokens of an image of this many pixels.
-
-    Raises:
-        ValueError: a side that is no multiple of `latent_downsample`, or more tokens than the latent table has.
-    """
-    stride, side = config.latent_downsample, config.max_latent_size
-    for name, size in (("height", height), ("width", width)):
-        if size <= 0 or size % stride:
-            nearest = max(round(size / stride), 1) * stride
-            raise ValueError(f"{name}={size} must be a positive multiple of {stride}; the nearest is {nearest}.")
-        if size // stride > side and not config.interpolate_pos:
-            raise ValueError(
-                f"{name}={size} needs {size // stride} latent tokens per side, max_latent_size={side} allows "
-                f'{side * stride} pixels. Use a smaller image, or set interpolate_pos="fit".'
-            )
-    return height // stride, width // stride
-
-
-def latent_position_ids(config: BagelConfig, grid: Grid) -> torch.Tensor:
-    """Entries of the latent position table, see [`~embeddings_bagel.grid_position_ids`]."""
-    return grid_position_ids(*grid, config.max_latent_size, config.interpolate_pos)
-
-
-def vit_position_ids(config: BagelConfig, grids: Sequence[Grid]) -> torch.Tensor:
-    """Entries of the ViT position table for several images, one after the other."""
-    side = config.vit_max_num_patch_per_side
-    return torch.cat([grid_position_ids(*grid, side, config.interpolate_pos) for grid in grids])
-
-
 def require_visual_gen(config: BagelConfig, what: str) -> None:
     if not config.visual_gen:
         raise ValueError(
@@ -418,25 +396,9 @@ class Inputs:
     attention_mask: torch.Tensor | None = None
 
     @classmethod
-    def from_padded(
-        cls,
-        config: BagelConfig,
-        encode: Encoder,
-        input_ids: LongTensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: LongTensor | None,
-        past_length: int,
-        images: ImageTensors,
-        prompt: Prompt | None = None,
-    ) -> "Inputs":
-        """
-        A padded batch. Images need `input_ids` or a `prompt` that says where they are.
-
-        Args:
-            position_ids: (batch, length), or with `mrope_section` (3, batch, length) as transformers has it.
-            prompt: of `input_ids`, if they have been read before.
-        """
+    def from_padded(cls, config: BagelConfig, encode: Encoder, batch: PaddedBatch) -> "Inputs":
+        """A padded batch. Images need `input_ids` or a `prompt` that says where they are."""
+        input_ids, attention_mask, position_ids, past_length, inputs_embeds, images, prompt = batch
         if position_ids is not None:
             check_axes(config, "position_ids", position_ids.shape[0] if position_ids.ndim == 3 else 1, not images.empty)
             position_ids = axes_last(position_ids)

@@ -34,7 +34,7 @@ from .checkpoint_bagel import (
 )
 from .configuration_bagel import BagelConfig
 from .decoder_bagel import BagelLanguageModel, BagelPreTrainedModel, BagelTextModel, VelocityHead, check_positions
-from .embeddings_bagel import BagelGridPositionEmbedding, BagelTimestepEmbedding
+from .embeddings_bagel import BagelGridPositionEmbedding, BagelTimestepEmbedding, vit_position_ids
 from .flow_bagel import build_vae, patchify_latents, unpatchify_latents
 from .generation_bagel import BagelGenerationMixin, DrawingContext
 from .inputs_bagel import (
@@ -42,11 +42,11 @@ from .inputs_bagel import (
     ImageTensors,
     Inputs,
     LatentTokens,
+    PaddedBatch,
     Targets,
     VitTokens,
     check_patches,
     check_tensors,
-    vit_position_ids,
 )
 from .layout_bagel import LongTensor
 from .lora_bagel import BagelAdapterMixin
@@ -255,23 +255,15 @@ class BagelModel(BagelPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Arguments as in [`BagelForUnifiedMultimodal.forward`]; `last_hidden_state` (batch, length, hidden_size)."""
         options = check_kwargs(kwargs)
-        batch = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        images = (pixel_values, image_grid_hw, latent_pixel_values, latent_image_sizes)
-        inputs = self.prepare_inputs(*batch, images, options)
+        images = ImageTensors(pixel_values, image_grid_hw, latent_pixel_values, latent_image_sizes)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        batch = PaddedBatch(input_ids, attention_mask, position_ids, past_length, inputs_embeds, images)
+        inputs = self.prepare_inputs(batch, options)
         return self.run(inputs, past_key_values, use_cache, options)
 
     # ---- one run: inputs -> embed -> decode
 
-    def prepare_inputs(
-        self,
-        input_ids,
-        attention_mask,
-        position_ids,
-        past_key_values,
-        inputs_embeds,
-        images: Sequence,
-        options: Mapping,
-    ) -> Inputs:
+    def prepare_inputs(self, batch: PaddedBatch, options: Mapping[str, Any]) -> Inputs:
         """
         Either input format as `Inputs`.
 
@@ -281,25 +273,22 @@ class BagelModel(BagelPreTrainedModel):
         generator = options.get("generator")
         if "sequence_length" in options:
             return Inputs.from_pack(self.config, self.encode_images, options, generator)
-        if (input_ids is None) == (inputs_embeds is None):
+        if (batch.input_ids is None) == (batch.inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds (or a training pack, sequence_length).")
         check_tensors(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            input_ids=batch.input_ids,
+            inputs_embeds=batch.inputs_embeds,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
             labels=options.get("labels"),
-            pixel_values=images[0],
-            latent_pixel_values=images[2],
+            pixel_values=batch.images.pixel_values,
+            latent_pixel_values=batch.images.latent_pixel_values,
         )
-        tensors = ImageTensors(*images)._replace(
-            sample_posterior=bool(options.get("sample_posterior")), generator=generator
-        )
-        if inputs_embeds is not None and not tensors.empty:
-            input_ids = self._ids_of(inputs_embeds)
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        batch = (input_ids, inputs_embeds, attention_mask, position_ids, past_length, tensors, options.get("prompt"))
-        inputs = Inputs.from_padded(self.config, self.encode_images, *batch)
+        posterior = {"sample_posterior": bool(options.get("sample_posterior")), "generator": generator}
+        batch = batch._replace(images=batch.images._replace(**posterior), prompt=options.get("prompt"))
+        if batch.inputs_embeds is not None and not batch.images.empty:
+            batch = batch._replace(input_ids=self._ids_of(batch.inputs_embeds))
+        inputs = Inputs.from_padded(self.config, self.encode_images, batch)
         if len(options.get("cu_seq_lens_q", ())) > 2 and inputs.layout.causal:
             raise ValueError(
                 f"cu_seq_lens_q={options['cu_seq_lens_q'].tolist()} names several samples, position_ids only one: pass "
@@ -568,9 +557,10 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
                 by how much.
         """
         options = check_kwargs(kwargs) | ({} if labels is None else {"labels": labels})
-        batch = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        images = (pixel_values, image_grid_hw, latent_pixel_values, latent_image_sizes)
-        inputs = self.prepare_inputs(*batch, images, options)
+        images = ImageTensors(pixel_values, image_grid_hw, latent_pixel_values, latent_image_sizes)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        batch = PaddedBatch(input_ids, attention_mask, position_ids, past_length, inputs_embeds, images)
+        inputs = self.prepare_inputs(batch, options)
         output = self.run(inputs, past_key_values, use_cache, options)
         hidden_states = output.last_hidden_state
         assert hidden_states is not None
@@ -609,8 +599,8 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
         inputs = Inputs.to_draw(self.config, context.layout, x_t, t, context.position_ids)
         decoder, embeds = self.language_model.model, self.embed(inputs)
         output = decoder(embeds, context.layout, context.attention, context.cache, context.routing)
-        velocity = self.llm2vae(output.last_hidden_state.flatten(0, 1)[inputs.latents.index])
-        valid = context.layout.gen[:, 1 : 1 + x_t.shape[1]]
+        hidden_states, valid = output.last_hidden_state, context.layout.gen[:, 1 : 1 + x_t.shape[1]]
+        velocity = self.llm2vae(hidden_states.flatten(0, 1)[context.layout.gen.flatten()])
         return x_t.new_zeros(x_t.shape).masked_scatter(valid[..., None], velocity.to(x_t.dtype))
 
     # ---- losses

@@ -36,9 +36,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from bagel.attention_bagel import AttentionSpec, FrozenContext, prepare_attention, varlen_parts
 from bagel.decoder_bagel import BagelAttention, Routing
-from bagel.embeddings_bagel import grid_position_ids
+from bagel.embeddings_bagel import grid_position_ids, latent_position_ids
 from bagel.flow_bagel import unpatchify_latents
-from bagel.inputs_bagel import find_placeholders, latent_position_ids
+from bagel.inputs_bagel import find_placeholders
 from bagel.layout_bagel import PackedLayout
 
 

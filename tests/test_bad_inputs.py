@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from bagel.inputs_bagel import latent_position_ids
+from bagel.embeddings_bagel import latent_position_ids
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 

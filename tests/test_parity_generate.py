@@ -25,6 +25,7 @@ from parity_data import (
 )
 from tiny_models import layout_of
 
+from bagel.embeddings_bagel import latent_grid, latent_position_ids, vit_position_ids
 from bagel.flow_bagel import (
     Branches,
     DrawingOptions,
@@ -35,7 +36,7 @@ from bagel.flow_bagel import (
     unpatchify_latents,
 )
 from bagel.generation_bagel import DrawingContext, Prefill, without_dangling_bos
-from bagel.inputs_bagel import ImageTensors, find_placeholders, latent_grid, latent_position_ids, vit_position_ids
+from bagel.inputs_bagel import ImageTensors, find_placeholders
 from bagel.inputs_bagel import Prompt as ModelPrompt
 from bagel.layout_bagel import PackedLayout
 

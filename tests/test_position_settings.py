@@ -38,13 +38,13 @@ from bagel.embeddings_bagel import (
     BagelGridPositionEmbedding,
     BagelTextRotaryEmbedding,
     grid_position_ids,
+    latent_position_ids,
     read_table,
     rotate_halves,
     rotate_pairs,
 )
 from bagel.flow_bagel import DrawingOptions, patchify_latents, unpatchify_latents
 from bagel.generation_bagel import without_dangling_bos
-from bagel.inputs_bagel import latent_position_ids
 from bagel.layout_bagel import PackedLayout, Placeholders
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
 from bagel.modeling_siglip_navit import SiglipVisionModel
