@@ -2,7 +2,7 @@
 # make test         install into .venv and run the tests
 # make eval         measure the embedded model on held-out tasks (minutes)
 # make tiny-shapes  train the embedded model from scratch, as it was trained (hours)
-# make check        lint and format, as CI does
+# make check        lint, format and types, as CI does
 # make test-oldest  the core of the suite on the oldest supported transformers
 
 PYTHON ?= python3
@@ -50,6 +50,7 @@ test-oldest: $(OLDEST)/ready
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright
 
 format: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix .
