@@ -10,7 +10,7 @@ object.
 import copy
 import math
 from numbers import Real
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, TypeGuard, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -60,6 +60,16 @@ def expert_suffixes(layer_module: str, part: Literal["attention", "mlp"]) -> tup
     return (EXPERT_SUFFIXES["und"],) if shared else tuple(EXPERT_SUFFIXES.values())
 
 
+if TYPE_CHECKING:
+    _Read = TypeVar("_Read")
+
+    class _Resolved(Generic[_Read]):
+        """A field as type checkers see it: `__post_init__` converts what was set to what is read."""
+
+        def __get__(self, owner: Any, kind: Any = None) -> _Read: ...
+        def __set__(self, owner: Any, value: _Read | dict[str, Any] | PreTrainedConfig | None) -> None: ...
+
+
 @strict
 class BagelTextConfig(Qwen2Config):
     r"""
@@ -94,11 +104,16 @@ class BagelTextConfig(Qwen2Config):
     intermediate_size: int = 18944
     num_hidden_layers: int = 28
     num_attention_heads: int = 28
-    num_key_value_heads: int | None = 4
     max_position_embeddings: int = 32768
     qk_norm: bool = True
     layer_module: str | None = None
     freeze_und: bool = False
+    if TYPE_CHECKING:
+        rope_parameters: _Resolved[dict[str, Any]] = _Resolved()
+        num_key_value_heads: _Resolved[int] = _Resolved()
+        base_model_tp_plan: dict[str, Any] | None = None
+    else:
+        num_key_value_heads: int | None = 4
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_module is not None and self.layer_module not in DECODER_LAYERS:
@@ -116,7 +131,7 @@ class BagelTextConfig(Qwen2Config):
     def mrope_section(self) -> tuple[int, int, int] | None:
         """Rotary pairs of (time, height, width); `None` = every token has one position."""
         section = self.rope_parameters.get("mrope_section")
-        return None if section is None else tuple(section)
+        return None if section is None else (section[0], section[1], section[2])
 
     @property
     def rotary_dim(self) -> int:
@@ -156,8 +171,12 @@ class BagelVisionConfig(SiglipVisionConfig):
     intermediate_size: int = 4304
     num_hidden_layers: int = 27
     num_attention_heads: int = 16
-    image_size: int | list[int] | tuple[int, int] = 980
-    patch_size: int | list[int] | tuple[int, int] = 14
+    if TYPE_CHECKING:
+        image_size: int = 980
+        patch_size: int = 14
+    else:
+        image_size: int | list[int] | tuple[int, int] = 980
+        patch_size: int | list[int] | tuple[int, int] = 14
     position_embedding: str = "learned"
     rope: bool = False
     initializer_range: float = 0.02
@@ -175,12 +194,7 @@ class BagelVisionConfig(SiglipVisionConfig):
         self.check_rotary_heads()
 
     def check_rotary_heads(self) -> None:
-        """
-        Heads of a rotary tower consist of pairs for rows and as many for columns.
-
-        Raises:
-            ValueError: the tower is rotary and its head dimension no multiple of 4.
-        """
+        """Raise a `ValueError` if the tower is rotary and its head dimension no multiple of 4."""
         head_dim = self.hidden_size // self.num_attention_heads
         if self.position_embedding != "learned" and head_dim % 4:
             raise ValueError(
@@ -283,16 +297,21 @@ class BagelConfig(PreTrainedConfig):
     """
 
     model_type = "bagel"
-    sub_configs = {
+    sub_configs: ClassVar[dict[str, Any]] = {
         "text_config": BagelTextConfig,
         "vision_config": BagelVisionConfig,
         "vae_config": BagelVAEConfig,
     }
     keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state", "ce", "mse"]
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    vae_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:
+        vision_config: _Resolved[BagelVisionConfig] = _Resolved()
+        text_config: _Resolved[BagelTextConfig] = _Resolved()
+        vae_config: _Resolved[BagelVAEConfig] = _Resolved()
+    else:
+        vision_config: dict | PreTrainedConfig | None = None
+        text_config: dict | PreTrainedConfig | None = None
+        vae_config: dict | PreTrainedConfig | None = None
     visual_und: bool = True
     visual_gen: bool = False
     stage: int | str | None = None
@@ -502,10 +521,8 @@ def _position_embedding(chosen: str, rope: bool) -> str:
 
 def _rope_parameters(given: dict | None, kwargs: dict[str, Any], default_theta: float) -> dict[str, Any]:
     """
-    The rope parameters as one new dict, in whatever form the file stores them.
-
-    Older files have `rope_scaling` with `type` for `rope_type`, and `rope_theta`, `partial_rotary_factor` and
-    `original_max_position_embeddings` next to it; those keys are removed from `kwargs`.
+    The rope parameters as one new dict. Older files have `rope_scaling` with `type` for `rope_type`, and `rope_theta`,
+    `partial_rotary_factor` and `original_max_position_embeddings` next to it; those keys are removed from `kwargs`.
     """
     scaling = kwargs.pop("rope_scaling", None)
     for name, value in (("rope_parameters", given), ("rope_scaling", scaling)):
@@ -531,10 +548,8 @@ def _rotary_dim(rope: dict[str, Any], head_dim: int) -> int:
 
 class _RopeCheck:
     """
-    Refuses rope parameters that transformers would only log about before computing with them.
-
-    Args:
-        rope: as [`_rope_parameters`] returns them. head_dim: features of a head. max_position_embeddings: tokens.
+    Refuses rope parameters that transformers would only log about before computing with them. `rope`: as
+    [`_rope_parameters`] returns them. `head_dim`: features of a head. `max_position_embeddings`: tokens.
     """
 
     def __init__(self, rope: dict[str, Any], head_dim: int, max_position_embeddings: int):
@@ -547,10 +562,7 @@ class _RopeCheck:
         return _rotary_dim(self.rope, self.head_dim) // 2
 
     def run(self) -> None:
-        """
-        Raises:
-            ValueError: naming the parameter, its value and what it must be.
-        """
+        """Raise a `ValueError` that names the parameter, its value and what it must be, if one is wrong."""
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(
                 f"text_config.rope_parameters: rope_type={self.rope_type!r} is unknown; choose one of "
@@ -634,7 +646,7 @@ class _RopeCheck:
     def check_factor_per_pair(self, name: str) -> None:
         values = self.rope.get(name)
         is_list = isinstance(values, list | tuple)
-        if is_list and len(values) == self.pairs and all(isinstance(one, Real) and one > 0 for one in values):
+        if is_list and len(values) == self.pairs and all(isinstance(one, Real) and float(one) > 0 for one in values):
             return
         found = f", it has {len(values)}" if is_list else ""
         self.refuse(name, f"must be {self.pairs} positive numbers, one per pair of features that is rotated{found}")
@@ -660,7 +672,7 @@ class _RopeCheck:
         )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -671,18 +683,12 @@ def _tensor_parallel_plan(config: BagelTextConfig) -> dict[str, str]:
         attention |= {"q_norm": "replicated_with_grad_allreduce", "k_norm": "replicated_with_grad_allreduce"}
     mlp = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
     layer_module = config.layer_module or "Qwen2DecoderLayer"
-    return {
-        **{
-            f"layers.*.self_attn.{name}{suffix}": plan
-            for suffix in expert_suffixes(layer_module, "attention")
-            for name, plan in attention.items()
-        },
-        **{
-            f"layers.*.mlp{suffix}.{name}": plan
-            for suffix in expert_suffixes(layer_module, "mlp")
-            for name, plan in mlp.items()
-        },
-    }
+    plan = {}
+    for suffix in expert_suffixes(layer_module, "attention"):
+        plan |= {f"layers.*.self_attn.{name}{suffix}": how for name, how in attention.items()}
+    for suffix in expert_suffixes(layer_module, "mlp"):
+        plan |= {f"layers.*.mlp{suffix}.{name}": how for name, how in mlp.items()}
+    return plan
 
 
 def _without_model_type(kwargs: dict[str, Any]) -> dict[str, Any]:
