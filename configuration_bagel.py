@@ -682,8 +682,7 @@ def _tensor_parallel_plan(config: BagelTextConfig) -> dict[str, str]:
     if config.qk_norm:
         attention |= {"q_norm": "replicated_with_grad_allreduce", "k_norm": "replicated_with_grad_allreduce"}
     mlp = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-    layer_module = config.layer_module or "Qwen2DecoderLayer"
-    plan = {}
+    plan, layer_module = {}, config.layer_module or "Qwen2DecoderLayer"
     for suffix in expert_suffixes(layer_module, "attention"):
         plan |= {f"layers.*.self_attn.{name}{suffix}": how for name, how in attention.items()}
     for suffix in expert_suffixes(layer_module, "mlp"):
