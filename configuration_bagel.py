@@ -10,7 +10,7 @@ object.
 import copy
 import math
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, TypeGuard, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -60,6 +60,16 @@ def expert_suffixes(layer_module: str, part: Literal["attention", "mlp"]) -> tup
     return (EXPERT_SUFFIXES["und"],) if shared else tuple(EXPERT_SUFFIXES.values())
 
 
+if TYPE_CHECKING:
+    _Read = TypeVar("_Read")
+
+    class _Resolved(Generic[_Read]):
+        """A field as type checkers see it: `__post_init__` converts what was set to what is read."""
+
+        def __get__(self, owner: Any, kind: Any = None) -> _Read: ...
+        def __set__(self, owner: Any, value: _Read | dict[str, Any] | PreTrainedConfig | None) -> None: ...
+
+
 @strict
 class BagelTextConfig(Qwen2Config):
     r"""
@@ -94,13 +104,16 @@ class BagelTextConfig(Qwen2Config):
     intermediate_size: int = 18944
     num_hidden_layers: int = 28
     num_attention_heads: int = 28
-    num_key_value_heads: int | None = 4
     max_position_embeddings: int = 32768
-    if TYPE_CHECKING:
-        rope_parameters: Any
     qk_norm: bool = True
     layer_module: str | None = None
     freeze_und: bool = False
+    if TYPE_CHECKING:
+        rope_parameters: _Resolved[dict[str, Any]] = _Resolved()
+        num_key_value_heads: _Resolved[int] = _Resolved()
+        base_model_tp_plan: dict[str, Any] | None = None
+    else:
+        num_key_value_heads: int | None = 4
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_module is not None and self.layer_module not in DECODER_LAYERS:
@@ -118,7 +131,7 @@ class BagelTextConfig(Qwen2Config):
     def mrope_section(self) -> tuple[int, int, int] | None:
         """Rotary pairs of (time, height, width); `None` = every token has one position."""
         section = self.rope_parameters.get("mrope_section")
-        return None if section is None else tuple(section)
+        return None if section is None else (section[0], section[1], section[2])
 
     @property
     def rotary_dim(self) -> int:
@@ -158,9 +171,9 @@ class BagelVisionConfig(SiglipVisionConfig):
     intermediate_size: int = 4304
     num_hidden_layers: int = 27
     num_attention_heads: int = 16
-    if TYPE_CHECKING:  # others are refused
-        image_size: int
-        patch_size: int
+    if TYPE_CHECKING:
+        image_size: int = 980
+        patch_size: int = 14
     else:
         image_size: int | list[int] | tuple[int, int] = 980
         patch_size: int | list[int] | tuple[int, int] = 14
@@ -181,7 +194,7 @@ class BagelVisionConfig(SiglipVisionConfig):
         self.check_rotary_heads()
 
     def check_rotary_heads(self) -> None:
-        """Refuse a rotary tower whose head dimension is no multiple of 4: pairs for rows and as many for columns."""
+        """Raise a `ValueError` if the tower is rotary and its head dimension no multiple of 4."""
         head_dim = self.hidden_size // self.num_attention_heads
         if self.position_embedding != "learned" and head_dim % 4:
             raise ValueError(
@@ -284,17 +297,17 @@ class BagelConfig(PreTrainedConfig):
     """
 
     model_type = "bagel"
-    sub_configs = {
+    sub_configs: ClassVar[dict[str, Any]] = {
         "text_config": BagelTextConfig,
         "vision_config": BagelVisionConfig,
         "vae_config": BagelVAEConfig,
     }
     keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state", "ce", "mse"]
 
-    if TYPE_CHECKING:  # what they are once the config is made
-        vision_config: BagelVisionConfig
-        text_config: BagelTextConfig
-        vae_config: BagelVAEConfig
+    if TYPE_CHECKING:
+        vision_config: _Resolved[BagelVisionConfig] = _Resolved()
+        text_config: _Resolved[BagelTextConfig] = _Resolved()
+        vae_config: _Resolved[BagelVAEConfig] = _Resolved()
     else:
         vision_config: dict | PreTrainedConfig | None = None
         text_config: dict | PreTrainedConfig | None = None
@@ -450,7 +463,7 @@ def _coerce_text_config(cfg: dict[str, Any] | Qwen2Config | None) -> BagelTextCo
     return _coerce(cfg, BagelTextConfig)
 
 
-def _coerce_vision_config(cfg: dict[str, Any] | SiglipVisionConfig | None) -> Any:
+def _coerce_vision_config(cfg: dict[str, Any] | SiglipVisionConfig | None) -> BagelVisionConfig | None:
     """A SigLIP vision config with BAGEL's `rope` and `position_embedding`; `None` stays `None`."""
     return None if cfg is None else _coerce(cfg, BagelVisionConfig)
 
@@ -508,10 +521,8 @@ def _position_embedding(chosen: str, rope: bool) -> str:
 
 def _rope_parameters(given: dict | None, kwargs: dict[str, Any], default_theta: float) -> dict[str, Any]:
     """
-    The rope parameters as one new dict, in whatever form the file stores them.
-
-    Older files have `rope_scaling` with `type` for `rope_type`, and `rope_theta`, `partial_rotary_factor` and
-    `original_max_position_embeddings` next to it; those keys are removed from `kwargs`.
+    The rope parameters as one new dict. Older files have `rope_scaling` with `type` for `rope_type`, and `rope_theta`,
+    `partial_rotary_factor` and `original_max_position_embeddings` next to it; those keys are removed from `kwargs`.
     """
     scaling = kwargs.pop("rope_scaling", None)
     for name, value in (("rope_parameters", given), ("rope_scaling", scaling)):
@@ -548,10 +559,7 @@ class _RopeCheck:
         return _rotary_dim(self.rope, self.head_dim) // 2
 
     def run(self) -> None:
-        """
-        Raises:
-            ValueError: naming the parameter, its value and what it must be.
-        """
+        """Raise a `ValueError` that names the parameter, its value and what it must be, if one is wrong."""
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(
                 f"text_config.rope_parameters: rope_type={self.rope_type!r} is unknown; choose one of "
@@ -582,7 +590,7 @@ class _RopeCheck:
 
     def require(self, name: str, at_least: float, needs: str, optional: bool = False, above: bool = False) -> None:
         """A number of `at_least` so much, or `above` that."""
-        value: Any = self.rope.get(name)
+        value = self.rope.get(name)
         if value is None and optional:
             return
         if not _is_number(value) or not (value > at_least if above else value >= at_least):
@@ -633,7 +641,7 @@ class _RopeCheck:
             self.refuse("original_max_position_embeddings", needs)
 
     def check_factor_per_pair(self, name: str) -> None:
-        values: Any = self.rope.get(name)
+        values = self.rope.get(name)
         is_list = isinstance(values, list | tuple)
         if is_list and len(values) == self.pairs and all(_is_number(one) and one > 0 for one in values):
             return
@@ -661,7 +669,7 @@ class _RopeCheck:
         )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -671,19 +679,12 @@ def _tensor_parallel_plan(config: BagelTextConfig) -> dict[str, str]:
     if config.qk_norm:
         attention |= {"q_norm": "replicated_with_grad_allreduce", "k_norm": "replicated_with_grad_allreduce"}
     mlp = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-    layer_module = config.layer_module or "Qwen2DecoderLayer"
-    return {
-        **{
-            f"layers.*.self_attn.{name}{suffix}": plan
-            for suffix in expert_suffixes(layer_module, "attention")
-            for name, plan in attention.items()
-        },
-        **{
-            f"layers.*.mlp{suffix}.{name}": plan
-            for suffix in expert_suffixes(layer_module, "mlp")
-            for name, plan in mlp.items()
-        },
-    }
+    plan, layer_module = {}, config.layer_module or "Qwen2DecoderLayer"
+    for suffix in expert_suffixes(layer_module, "attention"):
+        plan |= {f"layers.*.self_attn.{name}{suffix}": how for name, how in attention.items()}
+    for suffix in expert_suffixes(layer_module, "mlp"):
+        plan |= {f"layers.*.mlp{suffix}.{name}": how for name, how in mlp.items()}
+    return plan
 
 
 def _without_model_type(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -211,7 +211,7 @@ class BagelDrawingMixin(_Model):
         arguments = {key: value for key, value in text_arguments.items() if key != "return_dict_in_generate"}
         if not {"max_new_tokens", "max_length", "generation_config"} & set(arguments):
             arguments["max_new_tokens"] = MAX_PLAN_TOKENS
-        bos = prefill.prompt.input_ids.new_full((len(prefill.prompt.valid), 1), self.config.bos_token_id)
+        bos = prefill.prompt.input_ids.new_full((len(prefill.prompt.valid), 1), first_id(self.config.bos_token_id))
         prompt = prefill.prompt.append(Prompt.of_text(self.config, bos, torch.ones_like(bos, dtype=torch.bool)))
         sequences = super().generate(
             input_ids=prompt.input_ids,
@@ -241,7 +241,7 @@ class BagelDrawingMixin(_Model):
         full = self._context(prefill.cache, whole.valid, whole.next_position, grids)
 
         index = torch.arange(prompt.valid.shape[1], device=prompt.valid.device)[None]
-        keep = prompt.valid & (index < prompt.last_text_start(self.config.bos_token_id)[:, None])
+        keep = prompt.valid & (index < prompt.last_text_start(first_id(self.config.bos_token_id))[:, None])
         padded = pad_to(keep, whole.valid)
         without_text = full
         if not torch.equal(padded, whole.valid):
@@ -538,8 +538,8 @@ class BagelGenerationMixin(BagelDrawingMixin):
         """Images go in with the prompt only; afterwards their keys and values are in the cache."""
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         cache = kwargs.get("past_key_values")
-        decoding = not is_first_iteration and kwargs.get("use_cache", True) and cache is not None
-        if decoding and (inputs["input_ids"].shape[1] == 1 or cache.get_seq_length() > 0):
+        decoding = not is_first_iteration and kwargs.get("use_cache", True)
+        if decoding and cache is not None and (inputs["input_ids"].shape[1] == 1 or cache.get_seq_length() > 0):
             for name in IMAGE_INPUTS:
                 inputs.pop(name, None)
         else:  # an assistant's first call, or no cache at all
@@ -641,5 +641,6 @@ def pad_to(mask: BoolTensor, other: BoolTensor) -> BoolTensor:
     return nn.functional.pad(mask, (0, other.shape[1] - mask.shape[1]))
 
 
-def first_id(token_id: int | list[int]) -> int:
+def first_id(token_id: int | list[int] | None) -> int:
+    assert token_id is not None
     return token_id[0] if isinstance(token_id, list) else token_id
