@@ -19,7 +19,7 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 
 
 DECODER_LAYERS = ("Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer")
-STAGES = {1: 1, "1": 1, "stage1": 1, 2: 2, "2": 2, "stage2": 2, None: None}
+STAGES = {1: 1, "1": 1, "stage1": 1, 2: 2, "2": 2, "stage2": 2}
 AUTO_MAP = {
     "AutoConfig": "configuration_bagel.BagelConfig",
     "AutoModel": "modeling_bagel.BagelForUnifiedMultimodal",
@@ -350,27 +350,10 @@ class BagelConfig(PreTrainedConfig):
         self.text_config = _coerce_text_config(self.text_config)
         self.vision_config = _coerce_vision_config({} if self.vision_config is None else self.vision_config)
         self.vae_config = _coerce(self.vae_config, BagelVAEConfig)
-        self._resolve_stage()
+        _prepare_config_for_stage(self)
         self._resolve_vision()
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}  # one class, several auto classes
         super().__post_init__(**kwargs)
-
-    def _resolve_stage(self) -> None:
-        if isinstance(self.stage, bool) or self.stage not in STAGES:
-            raise ValueError(
-                f'stage={self.stage!r} is unknown; use 1 ("stage1", understanding) or 2 ("stage2", joint).'
-            )
-        self.stage = STAGES[self.stage]
-        layer_module = self.text_config.layer_module
-        if self.stage is not None:
-            self.visual_gen = self.stage == 2
-        if self.stage == 1:
-            layer_module = "Qwen2DecoderLayer"
-        elif layer_module is None or (self.stage == 2 and layer_module == "Qwen2DecoderLayer"):
-            layer_module = "Qwen2MoTDecoderLayer" if self.visual_gen else "Qwen2DecoderLayer"
-        self.text_config.layer_module = layer_module
-        self.text_config.base_model_tp_plan = _tensor_parallel_plan(self.text_config)
-        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     def _resolve_vision(self) -> None:
         if self.vit_patch_size not in (14, self.vision_config.patch_size):
@@ -671,6 +654,26 @@ class _RopeCheck:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _stage_to_int(stage: int | str) -> int:
+    if isinstance(stage, bool) or stage not in STAGES:
+        raise ValueError(f'stage={stage!r} is unknown; use 1 ("stage1", understanding) or 2 ("stage2", joint).')
+    return STAGES[stage]
+
+
+def _prepare_config_for_stage(config: BagelConfig) -> None:
+    """Make the parts of a config follow its `stage`, also one that was set after the config was made."""
+    config.stage = None if config.stage is None else _stage_to_int(config.stage)
+    config.visual_gen = config.visual_gen if config.stage is None else config.stage == 2
+    layer_module = config.text_config.layer_module
+    if config.stage == 1:
+        layer_module = "Qwen2DecoderLayer"
+    elif layer_module is None or (config.stage == 2 and layer_module == "Qwen2DecoderLayer"):
+        layer_module = "Qwen2MoTDecoderLayer" if config.visual_gen else "Qwen2DecoderLayer"
+    config.text_config.layer_module = layer_module
+    config.text_config.base_model_tp_plan = _tensor_parallel_plan(config.text_config)
+    config.tie_word_embeddings = config.tie_word_embeddings or config.text_config.tie_word_embeddings
 
 
 def _tensor_parallel_plan(config: BagelTextConfig) -> dict[str, str]:

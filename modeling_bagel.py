@@ -32,7 +32,7 @@ from .checkpoint_bagel import (
     released_vae_names,
     switched_off_parts,
 )
-from .configuration_bagel import BagelConfig
+from .configuration_bagel import BagelConfig, _prepare_config_for_stage, _stage_to_int  # noqa: F401
 from .decoder_bagel import BagelLanguageModel, BagelPreTrainedModel, BagelTextModel, VelocityHead, check_positions
 from .embeddings_bagel import BagelGridPositionEmbedding, BagelTimestepEmbedding, vit_position_ids
 from .flow_bagel import build_vae, patchify_latents, unpatchify_latents
@@ -63,7 +63,7 @@ logger = logging.get_logger(__name__)
 @dataclass
 class BagelOutput(ModelOutput):
     """
-    Outputs of both vocabularies; what does not apply is `None`.
+    Outputs for both input formats; what does not apply is `None`.
 
     Args:
         loss: scalar. Padded batches: language-model loss of `labels`. Packs:
@@ -110,6 +110,7 @@ class BagelModel(BagelPreTrainedModel):
     latent_cache = None  # a trainer may put a `LatentCache` here
 
     def __init__(self, config: BagelConfig):
+        _prepare_config_for_stage(config)
         super().__init__(config)
         text = config.text_config
         self.language_model = BagelLanguageModel(text, has_head=self.has_heads)
@@ -134,8 +135,7 @@ class BagelModel(BagelPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """
         As everywhere in transformers, and strict: tensors that are missing, misshapen or not of this model are an error
-        that names them, before anything large is read. Whoever asks for `output_loading_info` or brings a `state_dict`
-        judges for themselves.
+        that names them, before anything large is read; not with `output_loading_info` or a `state_dict`.
 
         Raises:
             OSError: the folder holds no safetensors weights (pickles are refused), or a truncated file.

@@ -9,6 +9,7 @@ import torch
 from tiny_models import attention_kernel, fresh_tiny_model, padded_batch, tiny_config, tiny_model, training_pack
 from transformers import BatchFeature
 
+from bagel import modeling_bagel
 from bagel.decoder_bagel import BagelTextModel
 from bagel.inputs_bagel import ImageTensors, Inputs, PackKwargs, Prompt
 from bagel.modeling_bagel import BagelForUnifiedMultimodal, BagelModel
@@ -227,3 +228,22 @@ def test_samples_of_a_flattened_batch_never_see_each_other(kernel):
 def test_sequence_lengths_without_restarting_positions_are_refused():
     with pytest.raises(ValueError, match=r"cu_seq_lens_q=\[0, 2, 4\] .* position_ids"):
         tiny_model()(input_ids=torch.tensor([[1, 2, 1, 2]]), cu_seq_lens_q=torch.tensor([0, 2, 4]))
+
+
+# ---- names of the document that describes NeMo's model
+
+
+def test_a_stage_that_is_set_after_the_config_was_made_is_followed():
+    config = tiny_config()
+    config.stage = "stage1"
+    model = BagelForUnifiedMultimodal(config)
+    assert not any("moe_gen" in name or name.startswith("vae.") for name in model.state_dict())
+    assert model.config.stage == 1 and not model.config.visual_gen
+
+
+def test_names_of_the_document_exist():
+    for name in ("_convert_patch_embedding_for_packed_vit", "_prepare_config_for_stage", "_stage_to_int", "logger"):
+        assert hasattr(modeling_bagel, name)
+    assert [modeling_bagel._stage_to_int(stage) for stage in (1, "2", "stage1")] == [1, 2, 1]
+    for name in ("from_pretrained", "get_input_embeddings", "get_output_embeddings", "initialize_weights"):
+        assert callable(getattr(BagelForUnifiedMultimodal, name))
