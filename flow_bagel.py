@@ -1,6 +1,6 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The flow between noise and image: time grid, velocity, guidance, and the sampler; knows no model, no tokens.
+"""Images as latents, and the flow between noise and latents: time grid, velocity, guidance, sampler; knows no tokens.
 
 t = 1 is noise, t = 0 is the image. The velocity points from image to noise, v = dx/dt = noise - image, so a step
 towards the image subtracts: x <- x - v * dt. The sampler draws with any model that has a `predict_velocity`.
@@ -12,18 +12,19 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from .configuration_bagel import BagelVAEConfig
+from .configuration_bagel import BagelConfig, BagelVAEConfig
 from .layout_bagel import BoolTensor
 
 
 logger = logging.get_logger(__name__)
 
+PIXELS_PER_ENCODING = 512 * 512  # what the VAE encodes at once; a larger image goes alone
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
 RenormType = Literal["global", "channel", "text_channel"]
@@ -354,6 +355,10 @@ def prepare_scheduler(options: DrawingOptions, device: torch.device) -> tuple[An
     return scheduler, scheduler.timesteps.float() / scheduler.config.num_train_timesteps
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Images and latents
+
+
 def build_vae(config: BagelVAEConfig) -> nn.Module:
     """`diffusers.AutoencoderKL` with the architecture of the released autoencoder."""
     try:
@@ -379,3 +384,74 @@ def build_vae(config: BagelVAEConfig) -> nn.Module:
         "use_post_quant_conv": False,
     }
     return AutoencoderKL(**settings)
+
+
+class BagelLatentMixin:
+    """Images to latent tokens and back, by the model's own `vae`."""
+
+    if TYPE_CHECKING:
+        config: BagelConfig
+        vae: Any
+    latent_cache: Any = None  # a trainer may put a `LatentCache` here
+
+    def freeze_vae(self) -> None:
+        """The VAE is never trained; loading turns `requires_grad` back on, so this is called after it."""
+        if self.config.visual_gen:
+            self.vae.requires_grad_(False)
+
+    @torch.no_grad()
+    def encode_images(
+        self,
+        images: Sequence[torch.Tensor],
+        sample_posterior: bool = True,
+        generators: Sequence[torch.Generator | None] | None = None,
+    ) -> list[torch.Tensor]:
+        """
+        Pictures through the VAE, each at its own size.
+
+        Args:
+            images: (3, height, width) in [-1, 1], sides multiples of `latent_downsample`.
+            sample_posterior: sample (released) or take the mode.
+            generators: one per image; noise is drawn on the CPU.
+
+        Returns:
+            Per image (height / 16 * width / 16, patch_latent_dim) for the released model, scaled and shifted.
+        """
+        vae_config, tokens = self.config.vae_config, []
+        cache = self.latent_cache
+        posteriors = self._posteriors(images) if cache is None else cache.posteriors(images, self._posteriors)
+        for number, (mean, std) in enumerate(posteriors):
+            latents = mean
+            if sample_posterior:
+                generator = generators[number] if generators is not None else None
+                eps = torch.randn((1, *mean.shape), generator=generator, dtype=torch.float32)[0]
+                latents = mean + std * eps.to(device=mean.device, dtype=mean.dtype)
+            latents = vae_config.scale_factor * (latents - vae_config.shift_factor)
+            tokens.append(patchify_latents(latents, self.config.latent_patch_size))
+        return tokens
+
+    def _posteriors(self, images: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Mean and standard deviation per image, (z_channels, h, w). Small pictures of one size share a call."""
+        same_size: dict[torch.Size, list[int]] = {}
+        for number, image in enumerate(images):
+            same_size.setdefault(image.shape, []).append(number)
+        posteriors: list[tuple[torch.Tensor, torch.Tensor]] = [(images[0], images[0])] * len(images)
+        for shape, numbers in same_size.items():
+            together = max(1, PIXELS_PER_ENCODING // (shape[1] * shape[2]))
+            for first in range(0, len(numbers), together):
+                chunk = numbers[first : first + together]
+                pixels = torch.stack([images[number] for number in chunk])
+                pixels = pixels.to(device=self.vae.device, dtype=self.vae.dtype)
+                with torch.autocast(self.vae.device.type, enabled=False):  # float32 in mixed precision too
+                    seen = self.vae.encode(pixels).latent_dist
+                for number, mean, std in zip(chunk, seen.mean, seen.std):
+                    posteriors[number] = mean, std
+        return posteriors
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(latent tokens, patch_latent_dim) and its (rows, columns) -> (3, height, width) in about [-1, 1], float32."""
+        vae_config = self.config.vae_config
+        z = unpatchify_latents(latents, grid, self.config.latent_patch_size)[None]
+        z = z / vae_config.scale_factor + vae_config.shift_factor
+        return self.vae.decode(z.to(device=self.vae.device, dtype=self.vae.dtype)).sample[0].float()

@@ -10,7 +10,7 @@ Axes: (batch, length, hidden_size); a training pack is a batch of one row. t = 1
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,7 +35,7 @@ from .checkpoint_bagel import (
 from .configuration_bagel import BagelConfig, _prepare_config_for_stage, _stage_to_int  # noqa: F401
 from .decoder_bagel import BagelLanguageModel, BagelPreTrainedModel, BagelTextModel, VelocityHead, check_positions
 from .embeddings_bagel import BagelGridPositionEmbedding, BagelTimestepEmbedding, vit_position_ids
-from .flow_bagel import build_vae, patchify_latents, unpatchify_latents
+from .flow_bagel import BagelLatentMixin, build_vae
 from .generation_bagel import BagelGenerationMixin, DrawingContext
 from .inputs_bagel import (
     BagelKwargs,
@@ -54,7 +54,6 @@ from .modeling_siglip_navit import SiglipVisionModel
 
 
 ROWS_ARE_PADDED_TO = 64  # a vocabulary table of a multiple of this many rows may hold padding
-PIXELS_PER_ENCODING = 512 * 512  # what the VAE encodes at once; a larger image goes alone
 
 
 logger = logging.get_logger(__name__)
@@ -98,7 +97,7 @@ class BagelConnector(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
-class BagelModel(BagelPreTrainedModel):
+class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
     """
     Everything but the heads: decoder, vision tower, VAE, and what turns their features into the decoder's.
 
@@ -107,7 +106,6 @@ class BagelModel(BagelPreTrainedModel):
     """
 
     has_heads = False
-    latent_cache = None  # a trainer may put a `LatentCache` here
 
     def __init__(self, config: BagelConfig):
         _prepare_config_for_stage(config)
@@ -182,11 +180,6 @@ class BagelModel(BagelPreTrainedModel):
     def supports_config(cls, config: PreTrainedConfig) -> bool:
         """Whether this class can be built from `config`."""
         return getattr(config, "model_type", None) == BagelConfig.model_type
-
-    def freeze_vae(self) -> None:
-        """The VAE is never trained; loading turns `requires_grad` back on, so this is called after it."""
-        if self.config.visual_gen:
-            self.vae.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
@@ -383,67 +376,6 @@ class BagelModel(BagelPreTrainedModel):
                 embed = table(torch.tensor(mark, device=table.weight.device)).to(inputs_embeds)
                 ids[(inputs_embeds == embed).all(-1)] = mark
         return ids
-
-    # ---- images through the VAE
-
-    @torch.no_grad()
-    def encode_images(
-        self,
-        images: Sequence[torch.Tensor],
-        sample_posterior: bool = True,
-        generators: Sequence[torch.Generator | None] | None = None,
-    ) -> list[torch.Tensor]:
-        """
-        Pictures through the VAE, each at its own size.
-
-        Args:
-            images: (3, height, width) in [-1, 1], sides multiples of `latent_downsample`.
-            sample_posterior: sample (released) or take the mode.
-            generators: one per image; noise is drawn on the CPU.
-
-        Returns:
-            Per image (height / 16 * width / 16, patch_latent_dim) for the released model, scaled and shifted.
-        """
-        vae_config, tokens = self.config.vae_config, []
-        cache = self.latent_cache
-        posteriors = self._posteriors(images) if cache is None else cache.posteriors(images, self._posteriors)
-        for number, (mean, std) in enumerate(posteriors):
-            latents = mean
-            if sample_posterior:
-                generator = generators[number] if generators is not None else None
-                eps = torch.randn((1, *mean.shape), generator=generator, dtype=torch.float32)[0]
-                latents = mean + std * eps.to(device=mean.device, dtype=mean.dtype)
-            latents = vae_config.scale_factor * (latents - vae_config.shift_factor)
-            tokens.append(patchify_latents(latents, self.config.latent_patch_size))
-        return tokens
-
-    def _posteriors(self, images: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Mean and standard deviation per image, (z_channels, h, w). Small pictures of one size share a call."""
-        same_size: dict[torch.Size, list[int]] = {}
-        for number, image in enumerate(images):
-            same_size.setdefault(image.shape, []).append(number)
-        vae: Any = self.vae
-        posteriors: list[tuple[torch.Tensor, torch.Tensor]] = [(images[0], images[0])] * len(images)
-        for shape, numbers in same_size.items():
-            together = max(1, PIXELS_PER_ENCODING // (shape[1] * shape[2]))
-            for first in range(0, len(numbers), together):
-                chunk = numbers[first : first + together]
-                pixels = torch.stack([images[number] for number in chunk])
-                pixels = pixels.to(device=vae.device, dtype=vae.dtype)
-                with torch.autocast(vae.device.type, enabled=False):  # float32 in mixed precision too
-                    seen = vae.encode(pixels).latent_dist
-                for number, mean, std in zip(chunk, seen.mean, seen.std):
-                    posteriors[number] = mean, std
-        return posteriors
-
-    @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """(latent tokens, patch_latent_dim) and its (rows, columns) -> (3, height, width) in about [-1, 1], float32."""
-        vae: Any = self.vae
-        vae_config = self.config.vae_config
-        z = unpatchify_latents(latents, grid, self.config.latent_patch_size)[None]
-        z = z / vae_config.scale_factor + vae_config.shift_factor
-        return vae.decode(z.to(device=vae.device, dtype=vae.dtype)).sample[0].float()
 
 
 class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMixin):
