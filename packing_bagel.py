@@ -640,7 +640,7 @@ class PackCollator:
         ready = [
             one if isinstance(one, RandomizedSample) else randomize(one, self.config, rng)
             for one in samples
-            if not isinstance(one, Mapping)  # there is none
+            if not isinstance(one, Mapping)  # packs, of which there are none here
         ]
         return pack(ready, self.config, **self.options)
 

@@ -155,9 +155,7 @@ class BagelTrainer(Trainer):
 
     # ---- one step
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self._report = inputs.pop("report", None) or {}
         if skipped := self._report.get("skipped", []):
             self.num_skipped += len(skipped)
@@ -281,11 +279,7 @@ class BagelTrainer(Trainer):
         return {**measured, "num_skipped": int(num_skipped)}
 
     def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
-        if self.args.world_size == 1:
-            return sums
-        gathered = self.accelerator.gather(sums[None])
-        assert isinstance(gathered, torch.Tensor)
-        return gathered.sum(0)
+        return _sum_over_ranks(self.accelerator, sums) if self.args.world_size > 1 else sums
 
     def _capacity(self) -> int | None:
         """Tokens that a pack may have."""
@@ -443,6 +437,10 @@ class BagelTrainer(Trainer):
     def _on_evaluate(self) -> None:
         if not self.args.sample_steps:
             self.draw_samples()
+
+
+def _sum_over_ranks(accelerator: Any, sums: torch.Tensor) -> torch.Tensor:
+    return accelerator.gather(sums[None]).sum(0)
 
 
 class _Hooks(TrainerCallback):
