@@ -201,13 +201,14 @@ def _same_run(first: list[int], other: list[int]) -> bool:
 
 
 def _varlen_part(parts: list[tuple[list[int], list[int]]], is_causal: bool, device: torch.device) -> VarlenPart:
-    indexes, cumulative, longest = [], [], []
-    for side in (0, 1):
+    def of_side(side: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         lengths = torch.tensor([len(part[side]) for part in parts])
-        indexes.append(torch.tensor([index for part in parts for index in part[side]], device=device))
-        cumulative.append(nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device=device, dtype=torch.int32))
-        longest.append(int(lengths.max()))
-    return VarlenPart(*indexes, *cumulative, *longest, is_causal)
+        indexes = torch.tensor([index for part in parts for index in part[side]], device=device)
+        cumulative = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device=device, dtype=torch.int32)
+        return indexes, cumulative, int(lengths.max())
+
+    (queries, cu_q, max_q), (keys, cu_k, max_k) = of_side(0), of_side(1)
+    return VarlenPart(queries, keys, cu_q, cu_k, max_q, max_k, is_causal)
 
 
 def attend(

@@ -410,11 +410,8 @@ def check_tensors(
         return
     files = sorted({tensor.file for tensor in tensors.values()})
     where = f"{files[0].parent} ({some([file.name for file in files])})" if files else "The checkpoint, an empty file,"
-    problems = [
-        *_describe_mismatched(mismatched),
-        *_describe_missing(missing, expected.shapes),
-        *_describe_foreign([stored[name][0] for name in foreign], config),
-    ]
+    problems = _describe_mismatched(mismatched) + _describe_missing(missing, expected.shapes)
+    problems += _describe_foreign([stored[name][0] for name in foreign], config)
     raise ValueError(" ".join([f"{where} does not hold the model that the config describes.", *problems]))
 
 
@@ -604,7 +601,7 @@ def resolve_config(
     config: PreTrainedConfig | str | os.PathLike | None,
     overrides: Mapping[str, Any],
     kwargs: Mapping[str, Any],
-) -> Any:
+) -> PreTrainedConfig:
     """A new config: `config` (an object or folder), or that of `path`, with `overrides`; `kwargs` as for the Hub."""
     if config is None or isinstance(config, str | os.PathLike):
         source = path if config is None else config
@@ -668,20 +665,19 @@ def refuse_missing_weights(
     model: Any, path: str | os.PathLike | None, info: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> None:
     """
-    After loading: refuse a model with tensors that are missing, foreign, or still on the meta device.
+    Raise a `ValueError` that names the tensors which are missing, foreign, or on the meta device after loading.
 
     Args:
         model: as loaded from `path`. info: transformers' loading info. kwargs: the arguments it was loaded with.
-
-    Raises:
-        ValueError: naming the tensors.
     """
+    config = model.config
+    assert isinstance(config, PreTrainedConfig)
     of_adapter = getattr(model, "_hf_peft_config_loaded", False)  # `info` is then about the adapter, already checked
     missing = sorted(name for name in info["missing_keys"] if not re.search(ROTARY_TABLES, name))
     problems = [] if of_adapter else _describe_missing(missing, model.state_dict())
     as_stored = getattr(model, "hf_quantizer", None) is None and kwargs.get("key_mapping") is None
-    if as_stored and not of_adapter and (foreign := _foreign(info["unexpected_keys"], model.config, type(model))):
-        problems += _describe_foreign(foreign, model.config)
+    if as_stored and not of_adapter and (foreign := _foreign(info["unexpected_keys"], config, type(model))):
+        problems += _describe_foreign(foreign, config)
     if unfilled := _unfilled(model):
         problems.append(f"{len(unfilled)} tensors were given no memory while loading: {some(unfilled)}.")
     if problems:

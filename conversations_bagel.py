@@ -404,7 +404,7 @@ def picture_size(source: Any, max_input_pixels: int) -> tuple[int, int]:
             turned = known and image.getexif().get(EXIF_ORIENTATION) in TURNED
             plain = image.format != "TIFF"  # which Pillow turns by itself, before or while it decodes
     except Exception:  # whatever is wrong with it, loading it says it better
-        plain = False
+        plain, turned, width, height = False, False, 0, 0
     if not (plain and 0 < width * height <= max_input_pixels):
         return load_image(source, max_input_pixels).size
     return (height, width) if turned else (width, height)

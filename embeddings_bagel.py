@@ -23,7 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, rotate_half
 
-from .configuration_bagel import BagelConfig
+from .configuration_bagel import BagelConfig, BagelTextConfig
 
 
 _SIN_COS_BASE = 10000.0
@@ -371,8 +371,9 @@ class BagelTimestepEmbedding(nn.Module):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """(n,) timesteps in [0, 1], 0 = clean picture -> (n, hidden_size)."""
-        dtype = next(self.mlp.parameters()).dtype
-        return self.mlp(_timestep_features(t, self.frequency_embedding_size).to(dtype))
+        weight = self.mlp[0].weight
+        assert isinstance(weight, torch.Tensor)
+        return self.mlp(_timestep_features(t, self.frequency_embedding_size).to(weight.dtype))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -442,6 +443,8 @@ class BagelTextRotaryEmbedding(Qwen2RotaryEmbedding):
         config (`BagelTextConfig`): the decoder.
     """
 
+    config: BagelTextConfig
+
     @staticmethod
     def compute_default_rope_parameters(
         config: PreTrainedConfig | None = None, device: torch.device | None = None, **kwargs: Any
@@ -466,6 +469,7 @@ class BagelTextRotaryEmbedding(Qwen2RotaryEmbedding):
         """
         frequencies = self._frequencies(position_ids, sample_ids)
         if position_ids.ndim == 3:
+            assert self.config.mrope_section is not None
             axes = multimodal_axes(self.config.mrope_section, frequencies.shape[-1], position_ids.device)
             positions = position_ids[..., axes]
         else:

@@ -77,7 +77,7 @@ def load_image(source: ImageSource, max_input_pixels: int = MAX_INPUT_PIXELS) ->
             raise _too_large(name, f"{width}x{height} = {width * height}", max_input_pixels)
         return _decode(image, name)
     except Image.DecompressionBombError as error:  # its message starts with the number of pixels
-        raise _too_large(name, re.search(r"\d+|$", str(error)).group(), max_input_pixels) from error
+        raise _too_large(name, "".join(re.findall(r"\d+", str(error))[:1]), max_input_pixels) from error
     finally:
         if opened is not None:
             opened.close()
@@ -214,7 +214,8 @@ def resize_dimensions(
     """
 
     def scaled(scale: float) -> tuple[int, int]:
-        return tuple(max(stride, round(round(side * scale) / stride) * stride) for side in (width, height))
+        across, down = (max(stride, round(round(side * scale) / stride) * stride) for side in (width, height))
+        return across, down
 
     width, height = scaled(max(min(max_size / max(width, height), 1.0), min_size / min(width, height)))
     if width * height > max_pixels / num_images:
@@ -236,8 +237,7 @@ def image_to_tensor(
     if size is not None:
         image = image.resize(size, resample)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32) / 255
-    mean, std = (pixels.new_tensor(value)[:, None, None] for value in (mean, std))
-    return (pixels - mean) / std
+    return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
 
 
 def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -216,7 +216,7 @@ class PackedLayout:
         valid, past_valid = split_attention_mask(attention_mask, batch_size, length, past_length)
         zeros = torch.zeros(batch_size, length, dtype=torch.long, device=device)
         off = zeros.bool()
-        if position_ids is None and valid is not None:
+        if position_ids is None and valid is not None and attention_mask is not None:
             position_ids = count_positions(attention_mask.long())[:, -length:]
         elif position_ids is None:
             position_ids = torch.arange(length, device=device)[None] + past_length
@@ -250,7 +250,7 @@ class PackedLayout:
         nested_attention_masks: Sequence[torch.Tensor] | None = None,
     ) -> "PackedLayout":
         """
-        A training pack in the released vocabulary, as one row; `position_ids` may be (sequence_length, 3).
+        A training pack in the released format, as one row; `position_ids` may be (sequence_length, 3).
 
         Splits are `"causal"` (text), `"full"` (clean image) or `"noise"` (image being learned). Without them the
         spans are read off `nested_attention_masks` (per sample, bool True = sees, or float 0 = sees). A trailing split
@@ -500,8 +500,9 @@ def axes_last(position_ids: LongTensor) -> LongTensor:
 
 def restarts(position_ids: LongTensor | None) -> TypeGuard[LongTensor]:
     """Whether a single row of positions starts again from 0."""
-    single = position_ids is not None and position_ids.ndim == 2 and position_ids.shape[0] == 1
-    return single and not torch.compiler.is_compiling() and bool((position_ids[:, 1:] == 0).any())
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[0] != 1:
+        return False
+    return not torch.compiler.is_compiling() and bool((position_ids[:, 1:] == 0).any())
 
 
 def split_attention_mask(

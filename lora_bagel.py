@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -30,14 +30,21 @@ from .checkpoint_bagel import HUB_KWARGS, read_header, some, switched_off_parts
 from .configuration_bagel import EXPERT_SUFFIXES, expert_suffixes, is_gen_name
 
 
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel as _Model
+else:
+    _Model = object
+
 logger = logging.get_logger(__name__)
 
+Part: TypeAlias = Literal["attention", "mlp"]
+
 EXPERTS = ("both", *EXPERT_SUFFIXES)
-LAYER_PATTERNS: dict[Literal["attention", "mlp"], str] = {  # {} stands for the suffix of the expert
+LAYER_PATTERNS: dict[Part, str] = {  # {} = the expert
     "attention": r"self_attn\.[qkvo]_proj{}",
     "mlp": r"mlp{}\.(gate|up|down)_proj",
 }
-PARTS: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
+PARTS = tuple(LAYER_PATTERNS)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -46,7 +53,7 @@ PEFT_PREFIX = "base_model.model."
 def lora_targets(
     model_or_config: nn.Module | PreTrainedConfig,
     experts: Literal["both", "und", "gen"] = "both",
-    parts: Sequence[Literal["attention", "mlp"]] = PARTS,
+    parts: Part | Sequence[Part] = PARTS,
 ) -> str:
     """
     The `target_modules` of a `peft.LoraConfig` that adapts one expert of the decoder, or both.
@@ -200,6 +207,7 @@ def _adapter_folder(adapter: str | os.PathLike, subfolder: str | None = None, **
             cached_file(adapter, name, subfolder=subfolder or "", **hub_kwargs)
             for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
         ]
+        assert files[-1] is not None  # a file that is not there is an error
         return Path(files[-1]).parent
     folder = Path(adapter, subfolder or "")
     present = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
@@ -266,6 +274,7 @@ def _unfilled(targeted: set[str], stored: Mapping[str, tuple[int, ...]]) -> list
 
 def _switched_off(model: Any) -> re.Pattern:
     """Matches the tensors of parts that the model is built without."""
+    assert isinstance(model.config, PreTrainedConfig)
     return re.compile("|".join(switched_off_parts(model.config)) or r"(?!)")
 
 
@@ -323,10 +332,7 @@ def _layers(names: Sequence[str]) -> str:
 # Around transformers' own adapter methods
 
 
-_PreTrainedModel: Any = object  # for type checkers: the methods and modules of the class that this is mixed into
-
-
-class BagelAdapterMixin(_PreTrainedModel):
+class BagelAdapterMixin(_Model):
     """
     transformers' adapter methods, all or nothing: after an error the model is what it was before.
 
@@ -334,7 +340,7 @@ class BagelAdapterMixin(_PreTrainedModel):
     """
 
     def lora_targets(
-        self, experts: Literal["both", "und", "gen"] = "both", parts: Sequence[Literal["attention", "mlp"]] = PARTS
+        self, experts: Literal["both", "und", "gen"] = "both", parts: Part | Sequence[Part] = PARTS
     ) -> str:
         """`target_modules` for a `peft.LoraConfig`; see [`lora_bagel.lora_targets`]."""
         return lora_targets(self, experts, parts)
@@ -365,7 +371,7 @@ class BagelAdapterMixin(_PreTrainedModel):
         peft_model_id: str | os.PathLike | None = None,
         adapter_name: str | None = None,
         peft_config: Any = None,
-        adapter_state_dict: Mapping[str, Any] | None = None,
+        adapter_state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs,
     ):
         """
@@ -385,9 +391,10 @@ class BagelAdapterMixin(_PreTrainedModel):
             given |= kwargs
             hub_kwargs = {name: given[name] for name in HUB_KWARGS if given.get(name) is not None}
             folder = check_adapter(self, source, **hub_kwargs)
+        options: dict[str, Any] = {"peft_model_id": peft_model_id, "adapter_name": adapter_name}
         with self._all_or_nothing():
             info = super().load_adapter(
-                peft_model_id, adapter_name, peft_config=peft_config, adapter_state_dict=adapter_state_dict, **kwargs
+                **options, peft_config=peft_config, adapter_state_dict=adapter_state_dict, **kwargs
             )
             weights = Path(folder, ADAPTER_WEIGHTS) if adapter_state_dict is None else adapter_state_dict
             found = self._load_saved_modules(adapter_name or "default", weights)
@@ -405,7 +412,7 @@ class BagelAdapterMixin(_PreTrainedModel):
         wrapper = _peft().utils.other.AuxiliaryTrainingWrapper
         targets = {
             f"{name}.{source}": f"{name}.{target}"
-            for name, module in self.named_modules()
+            for name, module in _named_modules(self)
             if isinstance(module, wrapper)
             for source, target in module.adapter_state_dict_load_map(adapter_name).items()
         }
@@ -425,7 +432,7 @@ class BagelAdapterMixin(_PreTrainedModel):
     def enable_adapters(self) -> None:
         """As everywhere in transformers, and also switches `modules_to_save` on, which transformers does not."""
         super().enable_adapters()
-        for module in self.modules():
+        for _, module in _named_modules(self):
             if isinstance(module, _peft().utils.other.AuxiliaryTrainingWrapper):
                 module.enable_adapters(True)
 
@@ -481,7 +488,7 @@ class BagelAdapterMixin(_PreTrainedModel):
 def _unwrap(model: nn.Module) -> None:
     """Replace wrappers without any adapter by the layers that they wrap."""
     peft = _peft()
-    for name, module in list(model.named_modules()):
+    for name, module in list(_named_modules(model)):
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
             inner = module.get_base_layer()
         elif isinstance(module, peft.utils.other.AuxiliaryTrainingWrapper):
@@ -490,6 +497,11 @@ def _unwrap(model: nn.Module) -> None:
             continue
         if not module._get_available_adapters():
             model.set_submodule(name, inner)
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A model's modules; type checkers do not know the classes of PEFT, which is optional."""
+    yield from model.named_modules()
 
 
 def _peft() -> ModuleType:

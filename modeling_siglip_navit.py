@@ -98,6 +98,11 @@ def _flat_patch_weight(conv: nn.Conv2d) -> torch.Tensor:
 class SiglipAttention(nn.Module):
     """The projections of an attention and their sizes; [`SiglipFlashAttention2`] runs them."""
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear
+
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.config = config
@@ -134,7 +139,8 @@ class SiglipFlashAttention2(SiglipAttention):
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, patches, head_dim)
         if not lengths:  # no image: nothing to attend to, and zero gradients for the projections
             return self.out_proj((query + key + value)[0].transpose(0, 1).flatten(1)), ()
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        implementation = self.config._attn_implementation
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)  # pyright: ignore[reportArgumentType]  # takes None
         options: dict[str, Any] = {
             "dropout": self.attention_dropout if self.training else 0.0,
             "scaling": self.scaling,
@@ -267,7 +273,7 @@ class SiglipPreTrainedModel(PreTrainedModel):
     config_class = SiglipVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "packed_pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # pyright: ignore[reportAssignmentType]  # a tuple, as in transformers' own models
     supports_gradient_checkpointing = True
     _no_split_modules = ["SiglipEncoderLayer"]
     _supports_sdpa = True

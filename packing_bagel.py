@@ -254,18 +254,19 @@ class PackingConfig:
         Raises:
             ValueError: an unknown item type, or fewer texts or pictures than the plan asks for.
         """
-        texts, images, items = iter(text_ids_list), iter(image_tensor_list), []
+        texts, images = iter(text_ids_list), iter(image_tensor_list)
+        items: list[SequenceItem] = []
         for entry in sequence_plan:
             flags = _flags(entry, name)
-            content = next(texts if entry["type"] == "text" else images, None)
-            if content is None:
+            ids, pixels = (next(texts, None), None) if entry["type"] == "text" else (None, next(images, None))
+            if ids is not None:
+                items.append(SequenceItem("text", text_ids=tuple(ids), **flags))
+            elif pixels is None:
                 raise ValueError(f"The plan of {name} has more {entry['type']} items than it has contents for.")
-            if entry["type"] == "text":
-                items.append(SequenceItem("text", text_ids=tuple(content), **flags))
             elif entry["type"] == "vit_image":
-                items.append(SequenceItem.vit_image(content, self.vit_patch_size, **flags))
+                items.append(SequenceItem.vit_image(pixels, self.vit_patch_size, **flags))
             else:
-                items.append(SequenceItem.vae_image(content, self.latent_downsample, **flags))
+                items.append(SequenceItem.vae_image(pixels, self.latent_downsample, **flags))
         return SamplePlan(tuple(items), name)
 
 
@@ -357,18 +358,20 @@ def randomize(plan: SamplePlan, config: PackingConfig, rng: RandomSource) -> Ran
         ValueError: the sample has no tokens, a picture does not fit its position table, a clip does not end.
     """
     _check_clips(plan)
-    kept, position, split, mode, timestep = [], 0, -1, "", None
+    kept, position, split, mode = [], 0, -1, ""
+    of_split: float | None = None  # the timestep that the learned pictures of a split share
     for index, item in enumerate(plan.items):
         _check_fits_table(item, plan.name, config)
         if item.split_start:
-            split, mode, timestep = split + 1, item.mode, None
+            split, mode, of_split = split + 1, item.mode, None
         if item.enable_cfg and rng.random() < config.dropout(item.type):
             position += item.extent(config.multimodal_positions) if item.type != "text" else 0
             continue
-        learned = item.type == "vae_image" and item.loss
-        if learned and timestep is None:
-            timestep = float(rng.standard_normal())
-        kept.append(RandomizedItem(item, index, position, split, mode, timestep if learned else CLEAN))
+        timestep = CLEAN
+        if item.type == "vae_image" and item.loss:
+            of_split = float(rng.standard_normal()) if of_split is None else of_split
+            timestep = of_split
+        kept.append(RandomizedItem(item, index, position, split, mode, timestep))
         position += item.advance(config.multimodal_positions)
     if not kept:
         reason = "its plan is empty" if not plan.items else "all of its items were dropped as conditions"
@@ -417,6 +420,12 @@ class PackedItem:
         return self.kept.item
 
     @property
+    def content(self) -> torch.Tensor:
+        """Patches or pixels of a picture; a plan without them can be counted, not packed."""
+        assert self.item.content is not None
+        return self.item.content
+
+    @property
     def last(self) -> int:
         return self.start + self.item.num_tokens - 1
 
@@ -439,7 +448,7 @@ class PackedItem:
             targets = (*self.item.text_ids, config.eos_token_id)
             weight = 1 / math.sqrt(len(targets))
             labels = [(index, target, weight) for index, target in zip(range(self.start, self.last), targets)]
-        if self.item.special_token_loss:
+        if self.item.special_token_label is not None:
             labels.append((self.last, self.item.special_token_label, 1.0))
         return labels
 
@@ -544,7 +553,7 @@ def _vit_images(packed: list[PackedItem], config: PackingConfig) -> dict[str, to
     if not packed:
         return {}
     return {
-        "packed_vit_tokens": torch.cat([one.item.content for one in packed]),
+        "packed_vit_tokens": torch.cat([one.content for one in packed]),
         "packed_vit_token_indexes": _inner_indexes(packed),
         "packed_vit_position_ids": _grid_positions(packed, config),
         "vit_token_seqlens": torch.tensor([math.prod(one.item.grid) for one in packed]),
@@ -557,7 +566,7 @@ def _vae_images(packed: list[PackedItem], config: PackingConfig) -> dict[str, An
     counts = torch.tensor([math.prod(one.item.grid) for one in packed])
     timesteps = torch.tensor([one.kept.timestep for one in packed], dtype=torch.float32)
     result = {
-        "padded_images": _pad([one.item.content for one in packed]),
+        "padded_images": _pad([one.content for one in packed]),
         "patchified_vae_latent_shapes": [one.item.grid for one in packed],
         "packed_latent_position_ids": _grid_positions(packed, config),
         "packed_vae_token_indexes": _inner_indexes(packed),
@@ -628,7 +637,11 @@ class PackCollator:
                 raise ValueError(f"{len(samples)} packs in one batch: a pack is a batch, so load with batch_size=1.")
             return dict(packs[0])
         rng = self.rng or rng_of_torch()
-        ready = [one if isinstance(one, RandomizedSample) else randomize(one, self.config, rng) for one in samples]
+        ready = [
+            one if isinstance(one, RandomizedSample) else randomize(one, self.config, rng)
+            for one in samples
+            if not isinstance(one, Mapping)  # packs, of which there are none here
+        ]
         return pack(ready, self.config, **self.options)
 
 

@@ -230,7 +230,7 @@ class RotaryEmbedding(_FpropModule):
             ValueError: `position` is missing, or a rank or shape is not the above.
         """
         _validate_inputs(inputs, self.embedding_dims)
-        _validate_position(position, inputs)
+        position = _validate_position(position, inputs)
         return self._rotate(inputs, position)
 
     def _rotate(self, inputs: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -277,7 +277,7 @@ class PartialRotaryEmbedding(RotaryEmbedding):
                 f"embedding_dims={self.embedding_dims} with partial_rotary_factor={self.partial_rotary_factor} rotates "
                 f"{self.rotary_dim} features, but inputs have only {inputs.shape[-1]}."
             )
-        _validate_position(position, inputs)
+        position = _validate_position(position, inputs)
         rotated, rest = inputs[..., : self.rotary_dim], inputs[..., self.rotary_dim :]
         return torch.cat([self._rotate(rotated, position), rest], dim=-1)
 
@@ -378,7 +378,7 @@ class LLaMARotaryEmbedding(RotaryEmbedding):
         """As [`RotaryEmbedding`]; without `position` the tokens are counted from 0."""
         _validate_inputs(inputs, self.embedding_dims)
         position = _count(inputs) if position is None else position
-        _validate_position(position, inputs)
+        position = _validate_position(position, inputs)
         cos, sin = (table[:, :, None] for table in self.compute_cos_sin(position))
         return self._cast(rotate_pairs(inputs.float(), cos, sin))
 
@@ -494,7 +494,7 @@ class YarnRotaryEmbedding(_FpropModule):
         """
         _validate_inputs(inputs, self.embedding_dims)
         position = _count(inputs) if position is None else position
-        _validate_position(position, inputs)
+        position = _validate_position(position, inputs)
         cos, sin = (table[:, :, None] for table in self.compute_cos_sin(position))
         x = pairs_to_halves(inputs.float()) if self.rope_interleave else inputs.float()
         x = rotate_halves(x, cos, sin) * self.output_scale
@@ -604,7 +604,7 @@ class Qwen3OmniMoeThinkerTextRotaryEmbedding(RotaryEmbedding):
         self.embedding_dims = embedding_dims
         self.partial_rotary_factor = partial_rotary_factor
         self.attention_scaling = attention_scaling
-        self.mrope_section = self.DEFAULT_SECTION if mrope_section is None else tuple(mrope_section)
+        self.mrope_section = self.DEFAULT_SECTION if mrope_section is None else (*mrope_section,)
         if len(self.mrope_section) != 3 or min(self.mrope_section) < 0 or 2 * sum(self.mrope_section) != rotary_dim:
             raise ValueError(
                 f"mrope_section={self.mrope_section} must be three numbers of pairs (time, height, width) that sum to "
@@ -1005,7 +1005,8 @@ def _validate_inputs(
         )
 
 
-def _validate_position(position: torch.Tensor | None, inputs: torch.Tensor) -> None:
+def _validate_position(position: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
+    """The position itself, if there is one and it fits the inputs."""
     batch, sequence = inputs.shape[:2]
     if position is None:
         raise ValueError(f"position is missing; pass ({batch}, {sequence}) or (1, {sequence}).")
@@ -1014,6 +1015,7 @@ def _validate_position(position: torch.Tensor | None, inputs: torch.Tensor) -> N
             f"position has shape {tuple(position.shape)}; inputs of {batch} x {sequence} tokens need "
             f"({batch}, {sequence}) or (1, {sequence})."
         )
+    return position
 
 
 def _validate_batch(name: str, batch: int, inputs: torch.Tensor) -> None:

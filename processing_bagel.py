@@ -69,7 +69,7 @@ PLAIN_TEXT_MARK = "\U000f0000"
 
 
 class BagelProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {
+    _defaults = {  # pyright: ignore[reportGeneralTypeIssues]  # how transformers' ProcessingKwargs takes defaults
         "text_kwargs": {"padding": True, "padding_side": "left", "return_tensors": "pt"},
         "images_kwargs": {"return_tensors": "pt"},
     }
@@ -196,7 +196,8 @@ class BagelProcessor(ProcessorMixin):
         self._refuse_unknown(kwargs)
         # The side that a tokenizer was saved with must not override the one that generation needs.
         defaults = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
-        merged = self._merge_kwargs(self.valid_processor_kwargs, defaults, **kwargs)
+        kwargs_class: Any = self.valid_processor_kwargs  # a class, declared as an instance in transformers
+        merged = self._merge_kwargs(kwargs_class, defaults, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
         return_replacements = text_kwargs.pop("return_text_replacement_offsets", False)

@@ -107,8 +107,10 @@ def draw_conversation(axes: Axes) -> None:
         kinds += ["text"] * 3 + ["start"] + ["image"] * math.prod(grid) + ["end"]
     kinds += ["text"] * 3
     columns = [torch.tensor([[kind == name for kind in kinds]]) for name in ("image", "none", "start", "end")]
-    places = layout.Placeholders(*columns)
-    time, height, width = places.positions(torch.ones(1, len(kinds)).long(), places.merge_grids(grids, []))[0].T
+    placeholders = layout.Placeholders(*columns)
+    time, height, width = placeholders.positions(torch.ones(1, len(kinds)).long(), placeholders.merge_grids(grids, []))[
+        0
+    ].T
     marks = {"text": ("o", BLACK, 30), "image": ("s", BLUE, 60), "start": ("D", RED, 25), "end": ("D", RED, 25)}
     for kind, (marker, color, size) in marks.items():
         chosen = torch.tensor([one == kind for one in kinds])

@@ -258,7 +258,7 @@ def _vocabulary(directory: Path) -> dict[str, int]:
 
 
 def _check_ids(ids: Mapping[str, int], vocab_size: int, from_tokenizer: bool, notes: list[str]) -> None:
-    """Ids that are looked up in the embedding table must lie in it; places of pictures are not."""
+    """Ids that are looked up in the embedding table must lie in it; placeholders of images are not."""
     outside = checkpoint.ids_outside(ids, vocab_size)
     if outside and from_tokenizer:
         raise ValueError(

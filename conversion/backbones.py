@@ -285,7 +285,7 @@ def vae_facts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "in_channels": first[1],
         "out_ch": last[0],
         "ch": first[0],
-        "ch_mult": [width[0] // first[0] for width in widths],
+        "ch_mult": [width[0] // first[0] for width in widths if width],
         "num_res_blocks": count_members(shapes, r"encoder\.down\.0\.block\."),
     }
 
@@ -337,6 +337,7 @@ def _config_of_diffusers(raw: Any, name: str) -> dict[str, Any]:
 def _read_transformers(source: Any, part: str) -> tuple[str, dict[str, Any], dict[str, LazyTensor]]:
     """-> its name in messages, its config as stored, its tensors."""
     if isinstance(source, nn.Module):
+        assert isinstance(source.config, PreTrainedConfig)
         name, raw = f"{part} ({type(source).__name__})", source.config.to_dict()
         tensors = _tensors_of(source, name)
     else:
@@ -421,7 +422,12 @@ def _without_prefix(tensors: Mapping[str, LazyTensor], prefix: str) -> tuple[dic
 # The config of the whole
 
 
-def _config_of_parts(config_class, parts: Mapping[str, Backbone], config, overrides: dict[str, Any]):
+def _config_of_parts(
+    config_class: Any,
+    parts: Mapping[str, Backbone],
+    config: PreTrainedConfig | str | Path | None,
+    overrides: dict[str, Any],
+) -> PreTrainedConfig:
     """The caller's config, or one that follows the parts; with the overrides."""
     overrides = dict(overrides)
     for alias, name in SUB_CONFIG_ALIASES.items():
@@ -435,17 +441,17 @@ def _config_of_parts(config_class, parts: Mapping[str, Backbone], config, overri
         overrides["text_config"] = {**(overrides.get("text_config") or {}), **tied}
     if config is not None:
         return resolve_config(config_class, None, config, overrides, {})
-    draft = {name: dict(part.config) for name, part in parts.items()}
+    draft: dict[str, Any] = {name: dict(part.config) for name, part in parts.items()}
     draft |= {"visual_und": "vision_config" in parts, "visual_gen": "vae_config" in parts}
     if "vision_config" in parts:
         vision = {**draft["vision_config"], **(overrides.get("vision_config") or {})}
         side = overrides.get("vit_max_num_patch_per_side") or vision["image_size"] // vision["patch_size"]
         draft["vit_max_num_patch_per_side"] = side
         draft["vision_config"]["image_size"] = side * vision["patch_size"]
-    config = config_class.from_dict(draft, **overrides)
+    following: PreTrainedConfig = config_class.from_dict(draft, **overrides)
     for name in _TEXT_IDS:
-        setattr(config.text_config, name, getattr(config, name))
-    return config
+        setattr(following.text_config, name, getattr(following, name))
+    return following
 
 
 def _is_wanted(part: str, config: PreTrainedConfig) -> bool:
@@ -642,8 +648,10 @@ def add_special_tokens(tokenizer: Any) -> dict[str, int]:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = SPECIAL_TOKENS["eos_token_id"]
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_TOKENS.items()}
-    return {**ids, "pad_token_id": tokenizer.pad_token_id}
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_TOKENS.items()}
+    pad_token_id = tokenizer.pad_token_id
+    assert pad_token_id is not None
+    return {**ids, "pad_token_id": pad_token_id}
 
 
 def _rows_of(tokenizer: Any) -> int:

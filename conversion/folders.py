@@ -58,13 +58,15 @@ def new_image_processor(config: Any) -> Any:
     """The released settings, within what the position tables can address."""
 
     defaults = BagelImageProcessor()
-    limits = {
+    limits: dict[str, float] = {
         "size": config.vit_max_num_patch_per_side * config.vit_patch_size,
         "latent_size": config.max_latent_size * config.latent_downsample,
     }
     if config.interpolate_pos:  # larger pictures fit too
         limits = dict.fromkeys(limits, math.inf)
-    sizes = {name: {edge: min(n, limits[name]) for edge, n in getattr(defaults, name).items()} for name in limits}
+    sizes: dict[str, Any] = {
+        name: {edge: min(n, limits[name]) for edge, n in getattr(defaults, name).items()} for name in limits
+    }
     return BagelImageProcessor(**sizes, patch_size=config.vit_patch_size, latent_stride=config.latent_downsample)
 
 

@@ -35,7 +35,7 @@ from .world import COLOURS, PLACES, SHAPES, SIDE, SIZES, Inventor, Scene, all_se
 
 
 CHECKPOINT = REPOSITORY / "checkpoints" / "tiny-shapes"
-KINDS = list(itertools.product(SHAPES, SIZES))
+KINDS: list[tuple[str, str]] = list(itertools.product(SHAPES, SIZES))
 NAMES = [1 + len(KINDS), 1 + len(COLOURS)]  # classes at each place: nothing or a kind; nothing or a colour
 PATCH = 16  # pixels per token and side, of the vision tower and of the VAE alike
 VOCABULARY = 448

@@ -54,7 +54,8 @@ class LatentCache:
                     if self.num_bytes + found[key].nbytes <= self.max_bytes:
                         self.kept[key] = found[key].cpu()
                         self.num_bytes += found[key].nbytes
-        return [tuple(found[key].to(image.device)) for key, image in zip(keys, images)]
+        stored = [found[key].to(image.device) for key, image in zip(keys, images)]
+        return [(mean, deviation) for mean, deviation in stored]
 
 
 def picture_key(image: torch.Tensor) -> bytes:

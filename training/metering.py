@@ -94,7 +94,8 @@ def matrices(model: torch.nn.Module) -> dict[str, int]:
     with the layers that they adapt.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    names, sums = set(linears), dict.fromkeys(("und", "gen", "all", "vit", "latent", "labels", "velocities"), 0)
+    names = set(linears)
+    sums: dict[str, int] = dict.fromkeys(("und", "gen", "all", "vit", "latent", "labels", "velocities"), 0)
     for name, module in linears.items():
         if is_in(name, "vae") or is_in(name, "original_module"):  # PEFT's unused copy of a module
             continue

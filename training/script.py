@@ -39,7 +39,7 @@ from .trainer import BagelTrainer
 
 logger = logging.get_logger(__name__)
 
-EXAMPLE = __doc__.split("\n\n")[1]
+EXAMPLE = (__doc__ or "\n\n").split("\n\n")[1]
 # On CPUs oneDNN compiles a kernel for every new size of a matrix, and packs have many sizes. By default it keeps 1,024
 # kernels, so most are dropped before their size comes again. The variable is read at the first use of a kernel.
 ONEDNN_KERNELS = "20000"
@@ -309,6 +309,7 @@ def load(args: ModelArguments) -> tuple[Any, Any]:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     model = BagelForUnifiedMultimodal.from_pretrained(args.model_name_or_path, dtype=dtype, **settings)
+    assert isinstance(model, BagelForUnifiedMultimodal)
     if args.timestep_shift is not None:
         model.config.timestep_shift = args.timestep_shift
     processor = BagelProcessor.from_pretrained(str(args.model_name_or_path), trust_remote_code=True)

@@ -106,7 +106,7 @@ class StreamedFiles:
         return _datasets().load_dataset(self.builder, data_files={"train": files}, split="train", streaming=True)
 
 
-def t2i_parquet(files: str | os.PathLike | Sequence, name: str = "t2i", **settings) -> DataSource:
+def t2i_parquet(files: str | os.PathLike | Sequence, name: str = "t2i", **settings: Any) -> DataSource:
     """
     The released text-to-image format: `image` (bytes of an image file) and `captions` (a JSON object of captions). In
     every pass one caption is chosen at random.
@@ -115,16 +115,18 @@ def t2i_parquet(files: str | os.PathLike | Sequence, name: str = "t2i", **settin
         files: parquet files, folders or patterns. settings: fields of [`DataSource`].
     """
     rows = StreamedFiles.find("parquet", files, ".parquet")
-    return DataSource(name, rows, **{"convert": t2i_conversation} | settings)
+    settings.setdefault("convert", t2i_conversation)
+    return DataSource(name, rows, **settings)
 
 
-def editing_parquet(files: str | os.PathLike | Sequence, name: str = "editing", **settings) -> DataSource:
+def editing_parquet(files: str | os.PathLike | Sequence, name: str = "editing", **settings: Any) -> DataSource:
     """
     The released editing format: `image_list` (bytes, each an edit of the one before) and `instruction_list` (for every
     edit, wordings of it). As released, every pass takes one edit, or two consecutive ones, at random.
     """
     rows = StreamedFiles.find("parquet", files, ".parquet")
-    return DataSource(name, rows, **{"convert": editing_conversation} | settings)
+    settings.setdefault("convert", editing_conversation)
+    return DataSource(name, rows, **settings)
 
 
 def vlm_jsonl(
@@ -140,7 +142,7 @@ def vlm_jsonl(
     return DataSource(name, rows, **defaults | settings)
 
 
-def conversations(files: str | os.PathLike | Sequence, name: str = "conversations", **settings) -> DataSource:
+def conversations(files: str | os.PathLike | Sequence, name: str = "conversations", **settings: Any) -> DataSource:
     """Conversations (`messages`, `images`), one per line of .jsonl files or per row of .parquet files."""
     first = files if isinstance(files, str | os.PathLike) else files[0]
     if str(first).endswith(".parquet"):

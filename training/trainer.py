@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -128,7 +128,9 @@ class BagelTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None):
         """For a `PackedDataset` a loader in this process; every evaluation reads the same packs."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if isinstance(dataset, str):
+            assert isinstance(self.eval_dataset, dict)
+            dataset = self.eval_dataset[dataset]
         if not isinstance(dataset, PackedDataset):
             return super().get_eval_dataloader(eval_dataset)
         if dataset.epochs is None:
@@ -141,8 +143,8 @@ class BagelTrainer(Trainer):
             return super()._get_num_items_in_batch(batch_samples, device)
         targets = [count_targets(pack, self.args.ce_loss_reweighting) for pack in batch_samples]
         counts = torch.stack(targets).sum(0).to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            counts = self.accelerator.gather(counts[None]).sum(0)
+        if self.args.average_tokens_across_devices:
+            counts = self._over_ranks(counts)
         if not counts.any():
             names = [name for pack in batch_samples for name in pack.get("report", {}).get("sample_ids", ["unknown"])]
             raise ValueError(
@@ -153,7 +155,7 @@ class BagelTrainer(Trainer):
 
     # ---- one step
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self._report = inputs.pop("report", None) or {}
         if skipped := self._report.get("skipped", []):
             self.num_skipped += len(skipped)
@@ -277,7 +279,7 @@ class BagelTrainer(Trainer):
         return {**measured, "num_skipped": int(num_skipped)}
 
     def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.gather(sums[None]).sum(0) if self.args.world_size > 1 else sums
+        return _sum_over_ranks(self.accelerator, sums) if self.args.world_size > 1 else sums
 
     def _capacity(self) -> int | None:
         """Tokens that a pack may have."""
@@ -361,9 +363,9 @@ class BagelTrainer(Trainer):
             )
         return torch.load(file, map_location="cpu", weights_only=True)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load adapters from the checkpoint's own folder; transformers 5.17 would take those in its `ema/` instead."""
-        model = self.model if model is None else model
+        model = cast(Any, self.model) if model is None else model  # to type checkers a module has no adapters
         stored = os.path.isfile(os.path.join(resume_from_checkpoint, ADAPTER_FILE))
         if stored and len(getattr(model, "peft_config", {})) == 1:
             model.load_adapter(str(resume_from_checkpoint), next(iter(model.peft_config)), is_trainable=True)
@@ -435,6 +437,10 @@ class BagelTrainer(Trainer):
     def _on_evaluate(self) -> None:
         if not self.args.sample_steps:
             self.draw_samples()
+
+
+def _sum_over_ranks(accelerator: Any, sums: torch.Tensor) -> torch.Tensor:
+    return accelerator.gather(sums[None]).sum(0)
 
 
 class _Hooks(TrainerCallback):
