@@ -20,7 +20,6 @@ from parity_data import (
     assert_close,
     cases,
     drawn_noise,
-    latents_stand_in,
     sets,
 )
 from tiny_models import layout_of
@@ -458,11 +457,9 @@ class Drawing:
 
     @contextmanager
     def released_latents(self) -> Iterator[None]:
-        """The noise that the released VAE drew, or its latents where the VAE's weights are not at hand."""
+        """The VAE samples with the noise of the released run."""
         with ExitStack() as stack:
-            if self.edits and not self.case.parity.has_vae:
-                stack.enter_context(latents_stand_in(self.model, self.stored_latents))
-            elif self.samples_posterior:
+            if self.samples_posterior:
                 stack.enter_context(drawn_noise(*(eps for _, eps in self.replay.matching(r"vae_eps_(\d+)"))))
             yield
 
@@ -577,7 +574,7 @@ def replay_contexts(drawing: Drawing, contexts: Branches, described: dict) -> No
 def replay_latents(drawing: Drawing) -> None:
     """What the VAE makes of the pictures to edit."""
     replay, model, pictures = drawing.replay, drawing.model, drawing.prompt.pictures
-    if not drawing.edits or not drawing.case.parity.has_vae:
+    if not drawing.edits:
         return
     sizes = pictures["latent_image_sizes"].tolist()
     images = [image[:, :h, :w] for image, (h, w) in zip(pictures["latent_pixel_values"], sizes)]
@@ -666,9 +663,8 @@ def replay_trajectory(drawing: Drawing) -> None:
             replay.close(f"latent{suffix}", tokens, "latents")
         else:
             replay.close("final_latent_chw", unpatchify_latents(tokens, grid, patch)[None], "latents")
-        if drawing.case.parity.has_vae:
-            replay.close(f"decoded_float{suffix}", model.decode_latents(tokens, grid)[None], "pixels")
-            replay.close_picture(f"decoded_uint8{suffix}", image)
+        replay.close(f"decoded_float{suffix}", model.decode_latents(tokens, grid)[None], "pixels")
+        replay.close_picture(f"decoded_uint8{suffix}", image)
 
 
 @torch.no_grad()
@@ -687,7 +683,7 @@ def replay_drawing(case: Case, attn_implementation: str = "sdpa") -> None:
     replay_plan(drawing, plans)
     replay_velocities(drawing, contexts)
     replay_trajectory(drawing)
-    replay.finish(*([] if case.parity.has_vae else [r"vae_eps_\d+", r"decoded_.+"]))
+    replay.finish()
 
 
 @pytest.mark.parametrize("case", cases("generate", is_single))
@@ -718,7 +714,7 @@ def replay_batch(case: Case, attn_implementation: str = "sdpa") -> None:
         elsewhere += [r"latent_\d+", r"decoded_.+", r"latent\.packed_init_noises"]
     else:
         replay_trajectory(drawing)
-    replay.finish(*elsewhere, *([] if case.parity.has_vae else [r"decoded_.+"]))
+    replay.finish(*elsewhere)
 
 
 @pytest.mark.parametrize("case", BATCHES)
@@ -759,7 +755,7 @@ def test_pictures_are_the_same_with_other_kernels(case: Case, attn_implementatio
 # Orders of texts and pictures
 
 
-ORDERS = sets(lambda parity: (parity.path / "generate" / "order.json").is_file())
+ORDERS = sets()
 
 
 @torch.no_grad()
@@ -768,8 +764,6 @@ def test_contexts_follow_from_the_order_of_texts_and_pictures(parity: ParitySet)
     """From the plain inputs, system prompts included, to cache lengths and positions of every context."""
     for name, order in parity.facts("generate/order").items():
         case = Case(parity, f"generate/order_{name}")
-        if not parity.has(case.name):
-            continue
         facts, model, described = case.facts, parity.joint(), order["contexts"]
         draws = not order["understanding"]
         expected = described["gen"]["segments"][: -1 if draws and order["think"] else None]
@@ -818,9 +812,8 @@ def test_step_reuse_has_the_same_contexts_full_steps_and_decoder(case: Case):
     latents = unpatchify_latents(tokens, grid, model.config.latent_patch_size)
     replay.close("final_latent_chw", latents[None], "latents")
     assert torch.equal(patchify_latents(latents, model.config.latent_patch_size), tokens)
-    if case.parity.has_vae:
-        replay.close("decoded_float", model.decode_latents(tokens, grid)[None], "pixels")
-        replay.close_picture("decoded_uint8", model._finish_image(tokens, drawing.sizes[0], "pil"))
+    replay.close("decoded_float", model.decode_latents(tokens, grid)[None], "pixels")
+    replay.close_picture("decoded_uint8", model._finish_image(tokens, drawing.sizes[0], "pil"))
     replay.finish()
 
 
