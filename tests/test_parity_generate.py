@@ -698,7 +698,8 @@ BATCHES = cases("generate", is_batch)
 def replay_batch(case: Case, attn_implementation: str = "sdpa") -> None:
     """
     With `global` renorm the released norm spans the batch and ours each sample, on purpose: there the contexts, every
-    branch and the released formula on the whole pack are compared, and the trajectory with single runs (next test).
+    branch, the released formula on the whole pack and the decoded latents are compared, and the trajectory with single
+    runs (next test).
     """
     drawing = Drawing(case, attn_implementation)
     replay, prompt, model = drawing.replay, drawing.prompt, drawing.model
@@ -711,7 +712,11 @@ def replay_batch(case: Case, attn_implementation: str = "sdpa") -> None:
     replay_velocities(drawing, contexts)
     elsewhere = [r"prefill\d+_vit\.packed_vit_tokens", r"prefill\d+_vae\.padded_(images|latent)"]
     if drawing.facts["cfg_renorm_type"] == "global":
-        elsewhere += [r"latent_\d+", r"decoded_.+", r"latent\.packed_init_noises"]
+        elsewhere += [r"latent\.packed_init_noises"]
+        for number, (grid, size) in enumerate(zip(drawing.grids, drawing.sizes)):
+            tokens = replay[f"latent_{number}"]
+            replay.close(f"decoded_float_{number}", model.decode_latents(tokens, grid)[None], "pixels")
+            replay.close_picture(f"decoded_uint8_{number}", model._finish_image(tokens, size, "pil"))
     else:
         replay_trajectory(drawing)
     replay.finish(*elsewhere)
