@@ -3,10 +3,11 @@
 """Reference numbers of the released BAGEL: where they lie, how exact they are, and models of their checkpoints.
 
 A set is a directory: `set.json`, `checkpoint/` in the released layout, and cases as pairs `NAME.json` (facts) and
-`NAME.safetensors` (arrays). Two are looked for: the full one, beside the repository or where `BAGEL_PARITY_DIR` says,
-and a selection of it in `tests/parity`, which is always there. Every size, id and count comes from the set.
+`NAME.safetensors` (arrays). `tests/parity` is one; `BAGEL_PARITY_DIR` names another, which is replayed as well. Every
+size, id and count comes from the set. A file may be stored gzipped, as `FILE.gz`.
 """
 
+import gzip
 import json
 import os
 import re
@@ -22,17 +23,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from bagel.checkpoint_bagel import to_module_name, to_module_shape
 from bagel.configuration_bagel import BagelConfig
-from bagel.flow_bagel import patchify_latents
 from bagel.image_processing_bagel import BagelImageProcessor
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 
 TESTS = Path(__file__).parent
 EMBEDDED = TESTS / "parity"
+RELEASED_MANIFEST = TESTS / "released_manifest.json"  # names and shapes of the released 7B tensors, per file
 
 # Largest absolute difference per kind of number, float32 on a CPU. They are about ten times what the released code
 # differs from itself by (another number of threads, float64), and far below what any known mistake makes.
@@ -56,13 +57,31 @@ TOLERANCES = {
 RELATIVE = {"grad_norm": 1e-5}
 
 
-def find_sets() -> list[Path]:
-    """The directories that are replayed."""
-    named = os.environ.get("BAGEL_PARITY_DIR")
-    full = Path(named).resolve() if named else TESTS.parents[1] / "shared" / "parity"
-    if named and not (full / "set.json").is_file():
-        raise FileNotFoundError(f"BAGEL_PARITY_DIR={named} is no set of reference numbers: it has no set.json")
-    return [path for path in (full, EMBEDDED) if (path / "set.json").is_file()]
+def read_bytes(path: Path) -> bytes:
+    """The content of a file that is stored as it is or gzipped."""
+    if path.is_file():
+        return path.read_bytes()
+    return gzip.decompress(path.with_name(f"{path.name}.gz").read_bytes())
+
+
+@cache
+def read_json(path: Path) -> Any:
+    return json.loads(read_bytes(path))
+
+
+def read_arrays(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file."""
+    return load(read_bytes(path))
+
+
+def find_sets(embedded: Path = EMBEDDED, variable: str = "BAGEL_PARITY_DIR", pattern: str = "set.json") -> list[Path]:
+    """The directories that are replayed: the embedded one, and the one that the environment variable names."""
+    if not (named := os.environ.get(variable)):
+        return [embedded]
+    other = Path(named).resolve()
+    if not any(other.glob(pattern)):
+        raise FileNotFoundError(f"{variable}={named} is no set of reference numbers: it has no {pattern}")
+    return [other, embedded]
 
 
 @dataclass(frozen=True)
@@ -80,10 +99,6 @@ class ParitySet:
         return [pytest.mark.core] if self.path == EMBEDDED else []
 
     @property
-    def has_vae(self) -> bool:
-        return (self.path / "checkpoint" / "ae.safetensors").is_file()
-
-    @property
     def token_ids(self) -> dict[str, int]:
         """The special ids under the names of the config; a picture's places need no id of the vocabulary."""
         special = self.facts("set")["spec"]["special"]
@@ -98,9 +113,6 @@ class ParitySet:
     def facts(self, name: str) -> dict[str, Any]:
         return read_json(self.path / f"{name}.json")
 
-    def has(self, name: str) -> bool:
-        return (self.path / f"{name}.safetensors").is_file()
-
     def names(self, folder: str) -> list[str]:
         return [f"{folder}/{path.stem}" for path in sorted((self.path / folder).glob("*.json"))]
 
@@ -114,20 +126,19 @@ class ParitySet:
         return BagelConfig.from_dict(released, **self.token_ids, **changes, attn_implementation=attn_implementation)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The checkpoint under module names, without the VAE if the set does not have it."""
+        """The checkpoint under module names."""
         tensors = load_file(self.path / "checkpoint" / "ema.safetensors")
-        if self.has_vae:
-            vae_config = self.config().vae_config
-            for released, tensor in load_file(self.path / "checkpoint" / "ae.safetensors").items():
-                name = to_module_name(released, vae_config)
-                tensors[name] = tensor.reshape(to_module_shape(name, tensor.shape))
+        vae_config = self.config().vae_config
+        for released, tensor in load_file(self.path / "checkpoint" / "ae.safetensors").items():
+            name = to_module_name(released, vae_config)
+            tensors[name] = tensor.reshape(to_module_shape(name, tensor.shape))
         return tensors
 
     def model(self, attn_implementation: str = "sdpa", **changes) -> BagelForUnifiedMultimodal:
         """
         A model of the checkpoint, made once per process; a test that changes it must change it back.
 
-        With parts switched off their tensors are left out; a VAE without tensors stays random, see `latents_stand_in`.
+        With parts switched off their tensors are left out.
         """
         return _model(self, attn_implementation, tuple(sorted(changes.items())))
 
@@ -137,18 +148,12 @@ class ParitySet:
 
 
 @cache
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-@cache
 def _model(parity: ParitySet, attn_implementation: str, changes: tuple) -> BagelForUnifiedMultimodal:
     text = {name: value for name, value in changes if name in ("layer_module", "freeze_und")}
     rest = {name: value for name, value in changes if name not in text}
     model = BagelForUnifiedMultimodal(parity.config(attn_implementation, llm_config=text, **rest))
     own, tensors = model.state_dict(), parity.tensors()
-    absent = own.keys() - tensors.keys() - set(model.all_tied_weights_keys)
-    missing = [name for name in absent if parity.has_vae or not name.startswith("vae.")]
+    missing = own.keys() - tensors.keys() - set(model.all_tied_weights_keys)
     assert not missing, f"the checkpoint lacks {missing}"
     if model.config.visual_und and model.config.visual_gen:
         assert tensors.keys() <= own.keys(), f"the model has no place for {sorted(tensors.keys() - own.keys())}"
@@ -207,13 +212,13 @@ class Replay:
     """
     The arrays of one case, compared and counted: `finish` fails if one was never looked at.
 
-    A selection may hold fewer arrays, so comparing with an absent one does nothing; in the full set `finish` would then
-    name the array that nobody asked for.
+    Cases of one kind do not all hold the same arrays, so comparing with an absent one does nothing. What a set holds
+    is counted in `test_reference_numbers.py`.
     """
 
     def __init__(self, case: Case):
         self.case = case
-        self._arrays = load_file(case.parity.path / f"{case.name}.safetensors")
+        self._arrays = read_arrays(case.parity.path / f"{case.name}.safetensors")
         self._used = set()
 
     def __contains__(self, name: str) -> bool:
@@ -268,7 +273,7 @@ def assert_close(actual, expected, kind: str, name: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Stand-ins for what the released run drew or what a selection lacks
+# Stand-in for the random numbers of the released run
 
 
 @contextmanager
@@ -284,16 +289,3 @@ def drawn_noise(*draws: torch.Tensor) -> Iterator[None]:
     with mock.patch.object(torch, "randn", randn):
         yield
     assert not left, f"{len(left)} draws were not used"
-
-
-@contextmanager
-def latents_stand_in(model: BagelForUnifiedMultimodal, latents: list[torch.Tensor]) -> Iterator[None]:
-    """The VAE encodes whatever it is given to these (channels, h, w), in order: for sets without its weights."""
-    patch = model.config.latent_patch_size
-
-    def encode_images(images, *args, **kwargs):
-        assert len(images) == len(latents)
-        return [patchify_latents(latent, patch) for latent in latents]
-
-    with mock.patch.object(model, "encode_images", encode_images):
-        yield

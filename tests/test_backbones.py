@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from tiny_models import padded_batch, training_pack
+from tiny_models import TINY, padded_batch, training_pack
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModel,
@@ -37,32 +37,12 @@ from bagel.shapes.tokenizer import build_tiny_tokenizer
 
 pytestmark = pytest.mark.core
 
-TEXT = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rope_theta": 5000.0,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 50,
-    "eos_token_id": 51,
-}
-TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 36,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 24,
-    "patch_size": 4,
-}
-IDS = {
-    f"{name}_token_id": place
-    for place, name in enumerate(("pad", "bos", "eos", "vision_start", "vision_end", "image", "latent"))
-}
-SMALL = {"max_latent_size": 8, **IDS}
+# A text model's own values differ from the defaults, and its special tokens from BAGEL's.
+TEXT = TINY["text_config"] | {"rope_theta": 5000.0, "rms_norm_eps": 1e-5, "bos_token_id": 50, "eos_token_id": 51}
+del TEXT["pad_token_id"]
+TOWER = TINY["vision_config"]
+IDS = {name: value for name, value in TINY.items() if name.endswith("_token_id")}
+SMALL = {"max_latent_size": TINY["max_latent_size"], **IDS}
 EXACT = {"text_config": {"qk_norm": False}}
 
 
@@ -349,7 +329,7 @@ def test_the_autoencoder_is_the_given_one(parts, loaded):
 
 
 def test_a_released_autoencoder_file_is_read_by_itself_or_in_its_folder(stored, loaded, tmp_path):
-    config = BagelConfig(vae_config={"z_channels": 4, "downsample": 2, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1})
+    config = BagelConfig(vae_config=TINY["vae_config"] | {"ch_mult": [1, 2]})
     names = {f"vae.{name}": tensor for name, tensor in loaded.vae.state_dict().items()}
     tensors = {
         to_released_name(name, config.vae_config): tensor.reshape(to_released_shape(name, tensor.shape)).contiguous()
@@ -447,7 +427,7 @@ def config_of(**changes):
         "stage": 2,
         "text_config": {**TEXT, "qk_norm": False},
         "vision_config": dict(TOWER),
-        "vae_config": {"z_channels": 4, "downsample": 2, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1},
+        "vae_config": TINY["vae_config"] | {"ch_mult": [1, 2]},
         "vit_max_num_patch_per_side": 6,
     }
     for name, value in changes.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity_data import EMBEDDED, RELEASED_MANIFEST, read_bytes
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import (
     VOCAB_SIZE,
@@ -39,8 +40,8 @@ from bagel.conversion import adopt
 from bagel.modeling_bagel import BagelForUnifiedMultimodal, build_vae
 
 
-MANIFEST = Path(__file__).parents[2] / "shared" / "released_manifest.json"
-PARITY = Path(__file__).parents[2] / "shared" / "parity" / "checkpoint"
+MANIFEST = json.loads(read_bytes(RELEASED_MANIFEST))
+PARITY = EMBEDDED / "checkpoint"
 
 pytestmark = pytest.mark.core
 
@@ -133,10 +134,9 @@ def test_only_the_middle_attention_changes_its_shape():
     assert to_module_shape(conv, (8, 8, 1, 1)) == to_released_shape(conv, (8, 8, 1, 1)) == (8, 8, 1, 1)
 
 
-@pytest.mark.skipif(not MANIFEST.exists(), reason="the released manifest is not here")
 def test_default_model_has_every_released_tensor_and_no_other():
     config = BagelConfig(stage=2)
-    model, vae = ({name: tuple(shape) for name, shape in tensors.items()} for tensors in read_json(MANIFEST).values())
+    model, vae = ({name: tuple(shape) for name, shape in tensors.items()} for tensors in MANIFEST.values())
     expected = dict(model)
     for name, shape in vae.items():
         module_name = to_module_name(name, config.vae_config)
@@ -213,7 +213,7 @@ def test_truncated_shard_is_refused_before_anything_is_loaded(folder):
 # Loading
 
 
-LAYOUTS = ["released", "own"] + (["parity"] if PARITY.exists() else [])
+LAYOUTS = ["released", "own", "parity"]
 
 
 @pytest.fixture(params=LAYOUTS)

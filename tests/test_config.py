@@ -9,6 +9,7 @@ import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from parity_data import EMBEDDED, read_json
 from tiny_models import tiny_config
 from transformers import Qwen2Config, SiglipVisionConfig
 
@@ -62,51 +63,17 @@ ARGUMENTS = {
     "mse_weight": (1.0, 0.5),
 }
 
-# As in the released files: nested names of the original code, old rope keys, a dtype under its old name.
-RELEASED = {
-    "architectures": ["BagelForConditionalGeneration"],
-    "model_type": "bagel",
-    "visual_gen": True,
-    "visual_und": True,
-    "llm_config": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "max_position_embeddings": 32768,
-        "max_window_layers": 3,
-        "model_type": "qwen2",
-        "num_attention_heads": 4,
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 2,
-        "qk_norm": True,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
-        "rope_theta": 500000.0,
-        "sliding_window": 131072,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.49.0",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": 320,
-    },
-    "vit_config": {
-        "hidden_size": 48,
-        "image_size": 140,
-        "intermediate_size": 96,
-        "model_type": "siglip_vision_model",
-        "num_attention_heads": 4,
-        "num_hidden_layers": 5,
-        "patch_size": 14,
-    },
-    "vae_config": {"z_channels": 4, "downsample": 8},
-    "latent_patch_size": 2,
-    "max_latent_size": 16,
-    "vit_max_num_patch_per_side": 10,
-    "connector_act": "gelu_pytorch_tanh",
-    "interpolate_pos": False,
-    "timestep_shift": 1.0,
+# As in the released files: nested names of the original code, old rope keys, a dtype under its old name, and here and
+# there another value than the default.
+RELEASED = copy.deepcopy(read_json(EMBEDDED / "checkpoint" / "config.json"))
+RELEASED["llm_config"] |= {
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
 }
+RELEASED["vit_config"]["num_hidden_layers"] = 5
+RELEASED["vae_config"] = {"z_channels": 4, "downsample": 8}
 
 
 def write(folder, content) -> None:

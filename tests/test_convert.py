@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity_data import EMBEDDED
 from safetensors.torch import load_file
 from tiny_checkpoint import (
     RELEASED_CONFIG,
@@ -33,7 +34,7 @@ from bagel.modeling_bagel import BagelForUnifiedMultimodal
 from bagel.shapes.tokenizer import SPECIAL_TOKENS, build_tiny_tokenizer
 
 
-PARITY = Path(__file__).parents[2] / "shared" / "parity" / "checkpoint"
+PARITY = EMBEDDED / "checkpoint"
 IDS = ("bos_token_id", "eos_token_id", "vision_start_token_id", "vision_end_token_id")
 
 pytestmark = pytest.mark.core
@@ -56,7 +57,7 @@ def with_tokenizer(folder) -> Path:
     return folder
 
 
-@pytest.fixture(params=["tiny", "tiny in bfloat16"] + (["parity"] if PARITY.exists() else []))
+@pytest.fixture(params=["tiny", "tiny in bfloat16", "parity"])
 def any_folder(request, tmp_path) -> Path:
     """Released folders of several kinds."""
     if request.param == "parity":
@@ -449,7 +450,6 @@ def test_exported_configs_are_in_the_released_words(folder, tmp_path):
         assert whole[name] == RELEASED_CONFIG[name]
 
 
-@pytest.mark.skipif(not PARITY.exists(), reason="the released layout is not here")
 def test_exported_configs_say_what_the_parity_ones_say(tmp_path):
     folder = copy_folder(PARITY, tmp_path / "BAGEL")
     adopt(folder)

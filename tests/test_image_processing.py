@@ -8,11 +8,11 @@ import json
 import struct
 import zlib
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from parity_data import EMBEDDED, read_arrays, read_json
 from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # older top levels ask for torchvision
 
@@ -28,9 +28,9 @@ from bagel.image_processing_bagel import (
 )
 
 
-PARITY = Path(__file__).parents[2] / "shared" / "parity" / "image_transform"
-META = json.loads((PARITY / "meta.json").read_text()) if PARITY.exists() else {"images": {}, "settings": {}}
-needs_parity = pytest.mark.skipif(not PARITY.exists(), reason="the released numbers are not here")
+PARITY = EMBEDDED / "image_transform"
+META = read_json(PARITY / "meta.json")
+SOURCES = [name for name in META["images"] if not name.startswith("i16")]  # Pillow converts I;16 as its version does
 
 pytestmark = pytest.mark.core
 
@@ -69,50 +69,41 @@ def same(left: Image.Image, right: Image.Image) -> bool:
 # Against the released numbers
 
 
-@needs_parity
-@pytest.mark.parametrize("name", META["images"])
+@pytest.mark.parametrize("name", SOURCES)
 def test_released_pictures_convert_to_the_released_rgb(name):
-    if name.startswith("i16"):
-        pytest.skip("how Pillow converts I;16 depends on its version")
     expected = META["images"][name]
     source = Image.open(PARITY / "images" / f"{name}.png")
     for image in (rgb_on_white(source), load_image(str(PARITY / "images" / f"{name}.png"))):
         assert hashlib.sha256(np.asarray(image).tobytes()).hexdigest() == expected["rgb_sha256"]
 
 
-@needs_parity
-@pytest.mark.parametrize("name", META["images"])
+@pytest.mark.parametrize("name", SOURCES)
 def test_released_transforms_are_replayed_exactly(name):
-    from safetensors import safe_open
-
-    if name.startswith("i16"):
-        pytest.skip("how Pillow converts I;16 depends on its version")
     image = load_image(PARITY / "images" / f"{name}.png")
-    with safe_open(PARITY / "tensors.safetensors", "pt") as tensors:
-        for setting, expected in META["images"][name]["results"].items():
-            size = resize_dimensions(*image.size, **limits(setting))
-            assert list(size) == expected["size_wh"], setting
-            resized = image.resize(size, Image.Resampling.BICUBIC)
-            assert hashlib.sha256(np.asarray(resized).tobytes()).hexdigest() == expected["resized_uint8_sha256"]
+    tensors = read_arrays(PARITY / "tensors.safetensors")
+    for setting, expected in META["images"][name]["results"].items():
+        size = resize_dimensions(*image.size, **limits(setting))
+        assert list(size) == expected["size_wh"], setting
+        resized = image.resize(size, Image.Resampling.BICUBIC)
+        assert hashlib.sha256(np.asarray(resized).tobytes()).hexdigest() == expected["resized_uint8_sha256"]
 
-            pixels = image_to_tensor(image, size)
-            if "full_tensor" in expected:
-                torch.testing.assert_close(pixels, tensors.get_tensor(expected["full_tensor"]), atol=1e-6, rtol=0)
-            else:
-                samples = pixels.flatten()[expected["sample_flat_indexes"]]
-                torch.testing.assert_close(samples, torch.tensor(expected["sample_values"]), atol=1e-6, rtol=0)
-                assert pixels.double().mean().item() == pytest.approx(expected["mean"], abs=1e-6)
-            if "patchify_tensor" in expected:
-                patches = patchify(pixels, limits(setting)["stride"])
-                torch.testing.assert_close(patches, tensors.get_tensor(expected["patchify_tensor"]), atol=1e-6, rtol=0)
-            elif "patchify_shape" in expected:
-                patches = patchify(pixels, limits(setting)["stride"])
-                assert list(patches.shape) == expected["patchify_shape"]
-                samples = patches.flatten()[expected["patchify_sample_flat_indexes"]]
-                torch.testing.assert_close(samples, torch.tensor(expected["patchify_sample_values"]), atol=1e-6, rtol=0)
+        pixels = image_to_tensor(image, size)
+        if "full_tensor" in expected:
+            torch.testing.assert_close(pixels, tensors[expected["full_tensor"]], atol=1e-6, rtol=0)
+        else:
+            samples = pixels.flatten()[expected["sample_flat_indexes"]]
+            torch.testing.assert_close(samples, torch.tensor(expected["sample_values"]), atol=1e-6, rtol=0)
+            assert pixels.double().mean().item() == pytest.approx(expected["mean"], abs=1e-6)
+        if "patchify_tensor" in expected:
+            patches = patchify(pixels, limits(setting)["stride"])
+            torch.testing.assert_close(patches, tensors[expected["patchify_tensor"]], atol=1e-6, rtol=0)
+        elif "patchify_shape" in expected:
+            patches = patchify(pixels, limits(setting)["stride"])
+            assert list(patches.shape) == expected["patchify_shape"]
+            samples = patches.flatten()[expected["patchify_sample_flat_indexes"]]
+            torch.testing.assert_close(samples, torch.tensor(expected["patchify_sample_values"]), atol=1e-6, rtol=0)
 
 
-@needs_parity
 def test_released_sizes_are_replayed_exactly():
     for expected in META["images"].values():
         for count, size in expected["vlm_train_size_wh_by_img_num"].items():
@@ -122,7 +113,6 @@ def test_released_sizes_are_replayed_exactly():
         assert list(resize_dimensions(*vae, **limits("vit"))) == expected["vae_then_vit_size_wh"]
 
 
-@needs_parity
 def test_released_size_table_is_replayed_exactly():
     assert len(META["size_table"]) == 51
     for row in META["size_table"]:
@@ -135,7 +125,6 @@ def test_released_size_table_is_replayed_exactly():
         assert list(resize_dimensions(width, height, **limits("vlm_train"), num_images=3)) == row["vlm_train_img_num3"]
 
 
-@needs_parity
 def test_default_processor_makes_the_released_views():
     processor = BagelImageProcessor()
     for name in ("rgb_640x480", "rgb_5x7", "rgba_64x64"):

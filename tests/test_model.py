@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from parity_data import RELEASED_MANIFEST, read_json
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -42,11 +43,8 @@ def labels(batch):
 
 
 @pytest.fixture(scope="module")
-def manifest(repo):
-    file = repo.parent / "shared" / "released_manifest.json"
-    if not file.exists():
-        pytest.skip("the list of released tensors is not here")
-    return json.loads(file.read_text())
+def manifest():
+    return read_json(RELEASED_MANIFEST)
 
 
 def meta_7b(repo, **overrides):

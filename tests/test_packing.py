@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from parity_data import Case, cases
-from tiny_models import BOS, EOS, IMAGE, LATENT, VISION_END, VISION_START, tiny_config, tiny_model
+from tiny_models import BOS, EOS, IMAGE, LATENT, TINY, VISION_END, VISION_START, tiny_config, tiny_model
 
 from bagel.layout_bagel import PackedLayout
 from bagel.packing_bagel import (
@@ -223,10 +223,10 @@ CONFIG = PackingConfig(
     eos_token_id=EOS,
     vision_start_token_id=VISION_START,
     vision_end_token_id=VISION_END,
-    vit_patch_size=4,
-    latent_downsample=4,
-    vit_max_num_patch_per_side=6,
-    max_latent_size=8,
+    vit_patch_size=TINY["vision_config"]["patch_size"],
+    latent_downsample=tiny_config().latent_downsample,
+    vit_max_num_patch_per_side=TINY["vit_max_num_patch_per_side"],
+    max_latent_size=TINY["max_latent_size"],
 )
 
 

@@ -20,7 +20,6 @@ from parity_data import (
     assert_close,
     cases,
     drawn_noise,
-    latents_stand_in,
     sets,
 )
 from tiny_models import layout_of
@@ -459,11 +458,9 @@ class Drawing:
 
     @contextmanager
     def released_latents(self) -> Iterator[None]:
-        """The noise that the released VAE drew, or its latents where the VAE's weights are not at hand."""
+        """The VAE samples with the noise of the released run."""
         with ExitStack() as stack:
-            if self.edits and not self.case.parity.has_vae:
-                stack.enter_context(latents_stand_in(self.model, self.stored_latents))
-            elif self.samples_posterior:
+            if self.samples_posterior:
                 stack.enter_context(drawn_noise(*(eps for _, eps in self.replay.matching(r"vae_eps_(\d+)"))))
             yield
 
@@ -578,7 +575,7 @@ def replay_contexts(drawing: Drawing, contexts: Branches, described: dict) -> No
 def replay_latents(drawing: Drawing) -> None:
     """What the VAE makes of the pictures to edit."""
     replay, model, pictures = drawing.replay, drawing.model, drawing.prompt.pictures
-    if not drawing.edits or not drawing.case.parity.has_vae:
+    if not drawing.edits:
         return
     sizes = pictures["latent_image_sizes"].tolist()
     images = [image[:, :h, :w] for image, (h, w) in zip(pictures["latent_pixel_values"], sizes)]
@@ -667,9 +664,8 @@ def replay_trajectory(drawing: Drawing) -> None:
             replay.close(f"latent{suffix}", tokens, "latents")
         else:
             replay.close("final_latent_chw", unpatchify_latents(tokens, grid, patch)[None], "latents")
-        if drawing.case.parity.has_vae:
-            replay.close(f"decoded_float{suffix}", model.decode_latents(tokens, grid)[None], "pixels")
-            replay.close_picture(f"decoded_uint8{suffix}", image)
+        replay.close(f"decoded_float{suffix}", model.decode_latents(tokens, grid)[None], "pixels")
+        replay.close_picture(f"decoded_uint8{suffix}", image)
 
 
 @torch.no_grad()
@@ -688,7 +684,7 @@ def replay_drawing(case: Case, attn_implementation: str = "sdpa") -> None:
     replay_plan(drawing, plans)
     replay_velocities(drawing, contexts)
     replay_trajectory(drawing)
-    replay.finish(*([] if case.parity.has_vae else [r"vae_eps_\d+", r"decoded_.+"]))
+    replay.finish()
 
 
 @pytest.mark.parametrize("case", cases("generate", is_single))
@@ -703,7 +699,8 @@ BATCHES = cases("generate", is_batch)
 def replay_batch(case: Case, attn_implementation: str = "sdpa") -> None:
     """
     With `global` renorm the released norm spans the batch and ours each sample, on purpose: there the contexts, every
-    branch and the released formula on the whole pack are compared, and the trajectory with single runs (next test).
+    branch, the released formula on the whole pack and the decoded latents are compared, and the trajectory with single
+    runs (next test).
     """
     drawing = Drawing(case, attn_implementation)
     replay, prompt, model = drawing.replay, drawing.prompt, drawing.model
@@ -716,10 +713,14 @@ def replay_batch(case: Case, attn_implementation: str = "sdpa") -> None:
     replay_velocities(drawing, contexts)
     elsewhere = [r"prefill\d+_vit\.packed_vit_tokens", r"prefill\d+_vae\.padded_(images|latent)"]
     if drawing.facts["cfg_renorm_type"] == "global":
-        elsewhere += [r"latent_\d+", r"decoded_.+", r"latent\.packed_init_noises"]
+        elsewhere += [r"latent\.packed_init_noises"]
+        for number, (grid, size) in enumerate(zip(drawing.grids, drawing.sizes)):
+            tokens = replay[f"latent_{number}"]
+            replay.close(f"decoded_float_{number}", model.decode_latents(tokens, grid)[None], "pixels")
+            replay.close_picture(f"decoded_uint8_{number}", model._finish_image(tokens, size, "pil"))
     else:
         replay_trajectory(drawing)
-    replay.finish(*elsewhere, *([] if case.parity.has_vae else [r"decoded_.+"]))
+    replay.finish(*elsewhere)
 
 
 @pytest.mark.parametrize("case", BATCHES)
@@ -760,7 +761,7 @@ def test_pictures_are_the_same_with_other_kernels(case: Case, attn_implementatio
 # Orders of texts and pictures
 
 
-ORDERS = sets(lambda parity: (parity.path / "generate" / "order.json").is_file())
+ORDERS = sets()
 
 
 @torch.no_grad()
@@ -769,8 +770,6 @@ def test_contexts_follow_from_the_order_of_texts_and_pictures(parity: ParitySet)
     """From the plain inputs, system prompts included, to cache lengths and positions of every context."""
     for name, order in parity.facts("generate/order").items():
         case = Case(parity, f"generate/order_{name}")
-        if not parity.has(case.name):
-            continue
         facts, model, described = case.facts, parity.joint(), order["contexts"]
         draws = not order["understanding"]
         expected = described["gen"]["segments"][: -1 if draws and order["think"] else None]
@@ -819,9 +818,8 @@ def test_step_reuse_has_the_same_contexts_full_steps_and_decoder(case: Case):
     latents = unpatchify_latents(tokens, grid, model.config.latent_patch_size)
     replay.close("final_latent_chw", latents[None], "latents")
     assert torch.equal(patchify_latents(latents, model.config.latent_patch_size), tokens)
-    if case.parity.has_vae:
-        replay.close("decoded_float", model.decode_latents(tokens, grid)[None], "pixels")
-        replay.close_picture("decoded_uint8", model._finish_image(tokens, drawing.sizes[0], "pil"))
+    replay.close("decoded_float", model.decode_latents(tokens, grid)[None], "pixels")
+    replay.close_picture("decoded_uint8", model._finish_image(tokens, drawing.sizes[0], "pil"))
     replay.finish()
 
 

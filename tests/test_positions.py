@@ -2,21 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The position embeddings against MaxText's numbers, plain loops, each other, and what they do with bad arguments.
 
-Reference numbers are pairs `NAME.json` (facts) and `NAME.safetensors` (arrays), one per class. Two sets are replayed:
-the full one, beside the repository or where `BAGEL_POSITIONS_DIR` says, and a selection of it in `tests/positions`,
-which is always there. Every size, argument and tolerance comes from the set.
+Reference numbers are pairs `NAME.json` (facts) and `NAME.safetensors` (arrays), one per class, in `tests/positions`;
+`BAGEL_POSITIONS_DIR` names another such directory, which is replayed as well. Every size, argument and tolerance comes
+from the set.
 """
 
 import cmath
-import json
 import math
-import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from parity_data import find_sets, read_arrays, read_json
 from torch import nn
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
@@ -41,8 +39,7 @@ from bagel.positions_bagel import (
 
 core = pytest.mark.core
 
-TESTS = Path(__file__).parent
-EMBEDDED = TESTS / "positions"
+EMBEDDED = Path(__file__).parent / "positions"
 FLOAT32 = {"cast_as_fprop_dtype": False}
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -55,22 +52,17 @@ def randn(*shape, seed=0) -> torch.Tensor:
 # Reference numbers
 
 
-def find_sets() -> list[Path]:
-    """The directories that are replayed."""
-    named = os.environ.get("BAGEL_POSITIONS_DIR")
-    full = Path(named).resolve() if named else TESTS.parents[1] / "shared" / "positions"
-    if named and not any(full.glob("*.json")):
-        raise FileNotFoundError(f"BAGEL_POSITIONS_DIR={named} holds no reference numbers: no NAME.json")
-    return [path for path in (full, EMBEDDED) if path.is_dir()]
+def fact_files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.json")) if path.name != "MANIFEST.json"]
 
 
 def read_cases() -> list:
     """Test parameters: every case of every file of every set."""
     parameters = []
-    for folder in find_sets():
-        label, marks = ("embedded", [core]) if folder == EMBEDDED else ("full", [])
-        for path in sorted(folder.glob("*.json")):
-            facts = json.loads(path.read_text(encoding="utf-8"))
+    for folder in find_sets(EMBEDDED, "BAGEL_POSITIONS_DIR", "*.json"):
+        label, marks = ("embedded", [core]) if folder == EMBEDDED else ("other", [])
+        for path in fact_files(folder):
+            facts = read_json(path)
             for case in facts.get("cases", []):
                 name = f"{label}-{facts['name']}-{case['case']}"
                 parameters.append(pytest.param(facts["name"], path, case, id=name, marks=marks))
@@ -82,7 +74,7 @@ CASES = read_cases()
 
 def arrays(path: Path, case: dict) -> dict[str, torch.Tensor]:
     prefix = f"{case['case']}."
-    stored = load_file(path.with_suffix(".safetensors"))
+    stored = read_arrays(path.with_suffix(".safetensors"))
     return {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
 
 
@@ -963,8 +955,8 @@ STRICTER = {
 
 def read_situations() -> list:
     parameters = []
-    for path in sorted(EMBEDDED.glob("*.json")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
+    for path in fact_files(EMBEDDED):
+        facts = read_json(path)
         for error in facts["errors"]:
             newer, documented = error["head"], error["documentation_era"]
             answers = [newer if documented == "same" else documented, newer]

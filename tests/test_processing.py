@@ -15,6 +15,7 @@ import jinja2
 import numpy as np
 import pytest
 import torch
+from parity_data import EMBEDDED, read_json
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Qwen2TokenizerFast
 from transformers.processing_utils import TextKwargs
@@ -27,9 +28,7 @@ from bagel.processing_bagel import ANSWER_SYSTEM_PROMPT, IMAGE_SYSTEM_PROMPT, Ba
 from bagel.shapes.tokenizer import SPECIAL_TOKENS, build_tiny_tokenizer
 
 
-PARITY = Path(__file__).parents[2] / "shared" / "parity"
-ORDERS = json.loads((PARITY / "generate" / "order.json").read_text()) if PARITY.exists() else {}
-needs_parity = pytest.mark.skipif(not PARITY.exists(), reason="the released numbers are not here")
+ORDERS = read_json(EMBEDDED / "generate" / "order.json")
 
 pytestmark = pytest.mark.core
 
@@ -94,20 +93,18 @@ def spans(processor: BagelProcessor, input_ids) -> list[tuple[str, int]]:
 # Against the released contexts
 
 
-@needs_parity
 def test_system_prompts_are_the_released_ones():
-    released = json.loads((PARITY / "generate" / "tokenizer_standin.json").read_text())
+    released = read_json(EMBEDDED / "generate" / "tokenizer_standin.json")
     assert released["vlm_think_system_prompt"] == ANSWER_SYSTEM_PROMPT
     assert released["gen_think_system_prompt"] == IMAGE_SYSTEM_PROMPT
 
 
-@needs_parity
 @pytest.mark.parametrize("name", ORDERS)
 def test_conversations_become_the_released_contexts(name):
-    case = json.loads((PARITY / "generate" / f"order_{name}.json").read_text())
+    case = read_json(EMBEDDED / "generate" / f"order_{name}.json")
     understanding = ORDERS[name].get("understanding")
     files = iter(case.get("image_files", []))
-    items = [Image.open(PARITY / next(files)) if item == "<image>" else item for item in case["inputs"]]
+    items = [Image.open(EMBEDDED / next(files)) if item == "<image>" else item for item in case["inputs"]]
     processor = make_processor(vae_resize_first=True)  # as the released web app, which these contexts are from
     inputs = processor.apply_chat_template(
         [user(*items)],

@@ -3,12 +3,11 @@
 """The packed vision tower: a pack is its images one at a time, on every kernel, under the released names."""
 
 import inspect
-import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
+from parity_data import RELEASED_MANIFEST, read_json
 from tiny_models import randomize, tiny_config, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,7 +22,6 @@ from bagel.modeling_siglip_navit import SiglipVisionModel, convert_conv2d_to_lin
 
 pytestmark = pytest.mark.core
 
-MANIFEST = Path(__file__).parents[2] / "shared" / "released_manifest.json"
 SIDE = 6  # patches per side of the tiny position table
 
 
@@ -203,9 +201,8 @@ def test_released_names_and_shapes_are_those_of_the_model():
     with torch.device("meta"):
         model = BagelForUnifiedMultimodal(BagelConfig(stage=1, text_config={"num_hidden_layers": 1}))
     ours = {name: list(x.shape) for name, x in model.state_dict().items() if name.startswith("vit_model.")}
-    if MANIFEST.exists():
-        released = json.loads(MANIFEST.read_text())["ema.safetensors"]
-        assert ours == {name: shape for name, shape in released.items() if name.startswith("vit_model.")}
+    released = read_json(RELEASED_MANIFEST)["ema.safetensors"]
+    assert ours == {name: shape for name, shape in released.items() if name.startswith("vit_model.")}
     prefix = "vit_model.vision_model"
     short_list = {
         f"{prefix}.embeddings.patch_embedding.weight": [1152, 588],

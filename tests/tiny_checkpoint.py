@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import TINY, randomize
 
 from bagel.checkpoint_bagel import to_released_name, to_released_shape
 from bagel.configuration_bagel import BagelConfig
@@ -15,36 +16,23 @@ from bagel.modeling_bagel import BagelForUnifiedMultimodal
 
 VOCAB_SIZE = 272  # a tokenizer without merges needs 263
 
+# `tiny_models.TINY` under the released names, without ids, which released configs do not have; patches as released.
 RELEASED_CONFIG = {
     "architectures": ["BagelForConditionalGeneration"],
     "model_type": "bagel",
     "visual_gen": True,
     "visual_und": True,
     "llm_config": {
+        **{name: value for name, value in TINY["text_config"].items() if not name.endswith("_token_id")},
         "architectures": ["Qwen2ForCausalLM"],
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "max_position_embeddings": 512,
         "model_type": "qwen2",
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "rope_theta": 10000.0,
         "sliding_window": 131072,
         "use_sliding_window": False,
         "vocab_size": VOCAB_SIZE,
     },
-    "vit_config": {
-        "hidden_size": 16,
-        "image_size": 56,
-        "intermediate_size": 24,
-        "model_type": "siglip_vision_model",
-        "num_attention_heads": 2,
-        "num_hidden_layers": 3,
-        "patch_size": 14,
-    },
+    "vit_config": {**TINY["vision_config"], "image_size": 56, "patch_size": 14, "model_type": "siglip_vision_model"},
     # Three levels of two widths: the decoder counts them from the other end, and not every block has a shortcut.
-    "vae_config": {"z_channels": 2, "downsample": 4, "ch": 8, "ch_mult": [1, 1, 2], "num_res_blocks": 1},
+    "vae_config": {**TINY["vae_config"], "downsample": 4, "ch_mult": [1, 1, 2]},
     "latent_patch_size": 2,
     "max_latent_size": 4,
     "vit_max_num_patch_per_side": 4,
@@ -58,10 +46,7 @@ def tiny_config(**changes) -> BagelConfig:
 def tiny_model(config: BagelConfig | None = None, seed: int = 0) -> BagelForUnifiedMultimodal:
     """A model whose tensors all differ; position tables stay what they are."""
     model = BagelForUnifiedMultimodal(config or tiny_config()).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    randomize(model, seed)
     return model
 
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The BAGEL for transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models in which nothing is neutral, and random inputs for them in both vocabularies.
+"""The tiny model of the tests, in which nothing is neutral, and random inputs for it in both input formats.
+
+Other tiny models derive from `TINY`: the released folders of `tiny_checkpoint.py`, the parts of `test_backbones.py`.
 
 A conversation is written as a list of segments, in order:
     `("text", n)`: bos, n random words, eos.
