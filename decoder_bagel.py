@@ -19,13 +19,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, eager_attention_forward
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, logging
 
 from .attention_bagel import AttentionSpec, attend
 from .configuration_bagel import BagelConfig, BagelTextConfig
 from .embeddings_bagel import BagelGridPositionEmbedding, BagelTextRotaryEmbedding, rotate_halves, rotate_pairs
 from .layout_bagel import BoolTensor, LongTensor, PackedLayout, rounds_sizes
 
+
+logger = logging.get_logger(__name__)
 
 ROWS_STEP = 64  # what the number of tokens of an expert is rounded up to, see `layout_bagel.rounds_sizes`
 
@@ -328,11 +330,8 @@ class BagelTextModel(BagelPreTrainedModel):
         )
 
 
-def check_positions(config: BagelConfig, layout: PackedLayout) -> None:
-    """
-    Raises:
-        ValueError: a position that the decoder was never trained for.
-    """
+def warn_of_positions(config: BagelConfig, layout: PackedLayout) -> None:
+    """Say once that a position is one that the decoder was never trained for."""
     text = config.text_config
     last, limit = int(layout.position_ids.max()), text.max_extended_positions
     if last < limit:
@@ -340,7 +339,7 @@ def check_positions(config: BagelConfig, layout: PackedLayout) -> None:
     given = f"max_position_embeddings={text.max_position_embeddings}"
     extended = "" if limit == text.max_position_embeddings else f" and rope_parameters extend it to {limit}"
     takes = "those of its longer side" if config.multimodal_positions else "one position"
-    raise ValueError(
+    logger.warning_once(
         f"The input reaches position {last}, but {given}{extended}: positions from there on were never trained. "
         f"Shorten the prompt (an image takes {takes}, a text token one each), or extend the context: see "
         "rope_parameters of BagelTextConfig."

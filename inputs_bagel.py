@@ -400,14 +400,16 @@ class Inputs:
         """A padded batch. Images need `input_ids` or a `prompt` that says where they are."""
         input_ids, attention_mask, position_ids, past_length, inputs_embeds, images, prompt = batch
         if position_ids is not None:
-            check_axes(config, "position_ids", position_ids.shape[0] if position_ids.ndim == 3 else 1, not images.empty)
+            check_axes(config, "position_ids", position_ids.shape[0] if position_ids.ndim == 3 else 1)
             position_ids = axes_last(position_ids)
-        text_ids = None if input_ids is None or inputs_embeds is not None else word_ids(config, input_ids)
+        text_ids = None
+        if input_ids is not None and inputs_embeds is None:
+            text_ids = word_ids(config, input_ids, images_follow=not images.empty)
         if images.empty:
             given = input_ids if inputs_embeds is None else inputs_embeds
             assert given is not None
             if text_ids is not None and given.shape[1] > 1 and not torch.compiler.is_compiling():
-                _refuse_placeholders(config, given)
+                _refuse_foreign_placeholders(config, given)
             if text_ids is not None and attention_mask is None and restarts(position_ids) and not past_length:
                 return cls(PackedLayout.flattened(position_ids), text_ids)
             batch_size, length = given.shape[:2]
@@ -417,6 +419,8 @@ class Inputs:
         if prompt is None:
             assert input_ids is not None
             prompt = Prompt.read(config, input_ids, attention_mask, *images.sizes, past_length=past_length)
+        if position_ids is not None and config.multimodal_positions and position_ids.ndim == 2:
+            position_ids = position_ids[..., None].expand(*position_ids.shape, 3)
         layout = prompt.layout(attention_mask, position_ids, past_length)
         vit, latents = _read_images(config, encode, prompt, images)
         return cls(layout, text_ids, inputs_embeds, vit, latents, attention_mask=attention_mask)
@@ -487,26 +491,33 @@ class Inputs:
         return cls(layout, text_ids, latents=latents)
 
 
-def word_ids(config: BagelConfig, input_ids: LongTensor) -> LongTensor:
-    """Ids for the embedding table: placeholders, and a pad id that lies outside the vocabulary, become 0."""
-    outside = (input_ids == config.image_token_id) | (input_ids == config.latent_token_id)
-    if config.pad_token_id is not None and config.pad_token_id >= config.text_config.vocab_size:
-        outside = outside | (input_ids == config.pad_token_id)
-    return input_ids.masked_fill(outside, 0)
+def word_ids(config: BagelConfig, input_ids: LongTensor, images_follow: bool = True) -> LongTensor:
+    """
+    Ids for the embedding table: a pad id that lies outside the vocabulary becomes 0, and so do placeholders whose
+    features come from images. Placeholders without images are words like any other.
+    """
+    vocab_size, replaced = config.text_config.vocab_size, []
+    for token_id in (config.image_token_id, config.latent_token_id):
+        replaced += [token_id] if images_follow or token_id >= vocab_size else []
+    if config.pad_token_id is not None and config.pad_token_id >= vocab_size:
+        replaced.append(config.pad_token_id)
+    for token_id in replaced:
+        input_ids = input_ids.masked_fill(input_ids == token_id, 0)
+    return input_ids
 
 
-def check_axes(config: BagelConfig, name: str, axes: int, has_images: bool) -> None:
-    """Three positions per token are for models with `mrope_section`, and images need them there."""
+def check_axes(config: BagelConfig, name: str, axes: int, needs_three: bool = False) -> None:
+    """Three positions per token are for models with `mrope_section`; a pack with images needs them there."""
     section = config.text_config.mrope_section
     if axes not in (1, 3) or (axes == 3 and section is None):
         raise ValueError(
             f"{name} holds {axes} positions per token; this model takes {'1' if section is None else '1 or 3'}. "
             "Three (time, height, width) are switched on by mrope_section in text_config.rope_parameters."
         )
-    if axes == 1 and section is not None and has_images:
+    if axes == 1 and section is not None and needs_three:
         raise ValueError(
-            f"{name} holds one position per token, but with mrope_section={section} images have three. Leave "
-            "position_ids out, they are counted then; packs come from a processor with return_position_ids=True."
+            f"{name} holds one position per token, but with mrope_section={section} images have three: packs come "
+            "from a processor with return_position_ids=True."
         )
 
 
@@ -536,10 +547,11 @@ def as_index(index: torch.Tensor | None) -> LongTensor | None:
 # ---- padded batches
 
 
-def _refuse_placeholders(config: BagelConfig, input_ids: LongTensor) -> None:
-    marked = (input_ids == config.image_token_id) | (input_ids == config.latent_token_id)
-    if bool(marked.any()):
-        Prompt.read(config, input_ids)  # says which images are missing
+def _refuse_foreign_placeholders(config: BagelConfig, input_ids: LongTensor) -> None:
+    """Placeholders that are no words of this model need their images."""
+    for token_id in (config.image_token_id, config.latent_token_id):
+        if token_id >= config.text_config.vocab_size and bool((input_ids == token_id).any()):
+            Prompt.read(config, input_ids)  # says which images are missing
 
 
 def _check_images(config: BagelConfig, images: ImageTensors) -> None:

@@ -33,7 +33,7 @@ from .checkpoint_bagel import (
     switched_off_parts,
 )
 from .configuration_bagel import BagelConfig, _prepare_config_for_stage, _stage_to_int  # noqa: F401
-from .decoder_bagel import BagelLanguageModel, BagelPreTrainedModel, BagelTextModel, VelocityHead, check_positions
+from .decoder_bagel import BagelLanguageModel, BagelPreTrainedModel, BagelTextModel, VelocityHead, warn_of_positions
 from .embeddings_bagel import BagelGridPositionEmbedding, BagelTimestepEmbedding, vit_position_ids
 from .flow_bagel import BagelLatentMixin, build_vae
 from .generation_bagel import BagelGenerationMixin, DrawingContext
@@ -302,7 +302,7 @@ class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
             for name in ("output_attentions", "output_hidden_states")
         }
         if inputs.layout.length > 1 and not torch.compiler.is_compiling():
-            check_positions(self.config, inputs.layout)
+            warn_of_positions(self.config, inputs.layout)
         embeds = self.embed(inputs)
         attention = prepare_attention(
             self.config.text_config,
