@@ -244,7 +244,7 @@ class BagelPreTrainedModel(PreTrainedModel):
     # transformers' any-to-any pipeline refuses image models without torchvision; this one needs none
     input_modalities = ["image", "text"] if is_torchvision_available() else ["text"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["BagelDecoderLayer", "SiglipEncoderLayer", "AutoencoderKL"]
+    _no_split_modules = ["BagelDecoderLayer"]  # a model adds those of its parts
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -127,6 +127,9 @@ class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
             self.vit_pos_embed = BagelGridPositionEmbedding(config.vit_max_num_patch_per_side, text.hidden_size)
         self._keys_to_ignore_on_load_unexpected = switched_off_parts(config, self.has_heads)
         self.post_init()
+        # its own blocks; diffusers names some that this autoencoder has not, and wrapping policies look for each
+        parts = {"SiglipEncoderLayer": config.visual_und, "AutoencoderKL": config.visual_gen}
+        self._no_split_modules = {"BagelDecoderLayer", *(name for name, present in parts.items() if present)}
         self.freeze_vae()
 
     @classmethod
@@ -191,10 +194,15 @@ class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
         return self.language_model.model
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
-        """The vision tower for "image"; otherwise the model itself, as in transformers."""
-        if modality == "image" and self.config.visual_und:
-            return self.vit_model
-        return super().get_encoder(modality)
+        """
+        The vision tower for "image"; otherwise the model itself, as in transformers.
+
+        Raises:
+            ValueError: an unknown modality.
+        """
+        if modality not in (None, "image", "video", "audio"):
+            raise ValueError(f'modality={modality!r} is unknown; it is "image", "video", "audio" or None.')
+        return self.vit_model if modality == "image" and self.config.visual_und else self
 
     @can_return_tuple
     def get_image_features(
@@ -252,7 +260,11 @@ class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         batch = PaddedBatch(input_ids, attention_mask, position_ids, past_length, inputs_embeds, images)
         inputs = self.prepare_inputs(batch, options)
-        return self.run(inputs, past_key_values, use_cache, options)
+        output = self.run(inputs, past_key_values, use_cache, options)
+        if hasattr(self, "llm2vae") and torch.is_grad_enabled():  # the base of a whole model, see `base_model`
+            hidden_states = cast(torch.Tensor, output.last_hidden_state)
+            output.last_hidden_state = hidden_states + self.llm2vae(hidden_states[:0]).sum()  # type: ignore
+        return output
 
     # ---- one run: inputs -> embed -> decode
 
@@ -391,6 +403,20 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
     def __init__(self, config: BagelConfig):
         super().__init__(config)
         self.loss_type = "ForCausalLM"
+
+    @property
+    def base_model(self) -> BagelModel:
+        """
+        The same modules without the heads: its `forward` returns hidden states and computes no logits.
+
+        A new view every time, with this model's parts of that moment; with gradients on, the velocity head takes part
+        with a zero gradient, as in this model's own losses.
+        """
+        base = BagelModel.__new__(BagelModel)
+        own = {name: value for name, value in vars(self).items() if name not in ("forward", "_old_forward", "_hf_hook")}
+        hooks = {name: value for name, value in vars(nn.Module()).items() if "hook" in name}  # those of the root
+        base.__dict__.update(own | hooks)
+        return base
 
     @classmethod
     def from_backbones(cls, *parts, **options) -> "BagelForUnifiedMultimodal":

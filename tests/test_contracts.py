@@ -2,11 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What users of transformers take for granted of any model: arguments, names, caches, losses, saving."""
 
+import inspect
+
 import pytest
 import torch
-from tiny_models import padded_batch, tiny_model
+from tiny_models import fresh_tiny_model, padded_batch, tiny_model
+from transformers import AutoModelForCausalLM
+from transformers.utils.generic import find_labels
 
 from bagel import decoder_bagel
+from bagel.modeling_bagel import BagelForUnifiedMultimodal, BagelModel
 
 
 pytestmark = pytest.mark.core
@@ -49,3 +54,66 @@ def test_one_position_per_token_serves_all_three_axes():
     with torch.no_grad():
         flat = model(**inputs, position_ids=positions).logits
         assert torch.equal(flat, model(**inputs, position_ids=positions[None].expand(3, -1, -1)).logits)
+
+
+# ---- names
+
+
+def test_the_base_model_gives_hidden_states_and_no_logits():
+    model, inputs = tiny_model(), reads()
+    assert model.base_model is not model and type(model.base_model) is BagelModel
+    with torch.no_grad():
+        output = model.base_model(**inputs)
+        assert torch.equal(output.last_hidden_state, model(**inputs).last_hidden_state)
+    assert "logits" not in output
+
+
+def test_the_base_model_shares_every_part_even_after_it_was_replaced():
+    model = fresh_tiny_model()
+    model.language_model.lm_head = torch.nn.Linear(32, 7)
+    parts = dict(model.named_modules())
+    assert all(parts[name] is part for name, part in model.base_model.named_modules() if name)
+
+
+def test_a_forward_that_was_patched_does_not_reach_the_base_model():
+    """TRL replaces the forward of a model by one that calls its base model."""
+    model, inputs = fresh_tiny_model(), reads()
+    model.forward = lambda **given: model.base_model(**given)
+    assert model(**inputs).last_hidden_state.shape[:2] == inputs["input_ids"].shape
+
+
+def test_a_loss_on_the_base_model_gives_every_parameter_a_gradient():
+    model = fresh_tiny_model().train()
+    hidden_states = model.base_model(**reads()).last_hidden_state
+    model.get_output_embeddings()(hidden_states).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_block_that_must_not_be_split_is_in_the_model(stage):
+    model = tiny_model(stage=stage)
+    classes = {type(part).__name__ for part in model.modules()}
+    assert "BagelDecoderLayer" in model._no_split_modules
+    assert model._no_split_modules <= classes
+    assert model.get_decoder()._no_split_modules == {"BagelDecoderLayer"}
+    assert model.vit_model._no_split_modules == {"SiglipEncoderLayer"}
+
+
+def test_there_is_no_pipeline_plan():
+    assert not tiny_model().supports_pp_plan
+
+
+def test_the_names_that_transformers_asks_for():
+    model = tiny_model()
+    assert model.get_encoder("image") is model.vit_model and model.get_encoder() is model
+    assert model.get_decoder() is model.language_model.model
+    assert find_labels(BagelForUnifiedMultimodal) == ["labels"]
+    assert "noise" not in inspect.signature(BagelForUnifiedMultimodal.forward).parameters  # would be ViTMAE's
+    with pytest.raises(ValueError, match="smell"):
+        model.get_encoder("smell")
+
+
+def test_the_auto_class_of_language_models_finds_it(tmp_path):
+    fresh_tiny_model().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded).__name__ == "BagelForUnifiedMultimodal"
