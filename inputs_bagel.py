@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.utils import TransformersKwargs
 
+from .attention_bagel import PagedKwargs
 from .configuration_bagel import BagelConfig
 from .embeddings_bagel import latent_grid, latent_position_ids, vit_position_ids
 from .flow_bagel import interpolate, patchify_latents, training_timesteps, velocity_target
@@ -83,7 +84,7 @@ class PackKwargs(TypedDict, total=False):
     noise: torch.Tensor
 
 
-class BagelKwargs(PackKwargs, TransformersKwargs, total=False):
+class BagelKwargs(PackKwargs, PagedKwargs, TransformersKwargs, total=False):
     """
     Keyword arguments of `forward` beside its named ones: those of transformers, a training pack, and
 
@@ -143,6 +144,7 @@ class PaddedBatch(NamedTuple):
     inputs_embeds: torch.Tensor | None
     images: ImageTensors
     prompt: "Prompt | None" = None
+    paged: bool = False  # see `PagedKwargs`
 
 
 IMAGE_INPUTS = ("pixel_values", "image_grid_hw", "latent_pixel_values", "latent_image_sizes")
@@ -398,7 +400,7 @@ class Inputs:
     @classmethod
     def from_padded(cls, config: BagelConfig, encode: Encoder, batch: PaddedBatch) -> "Inputs":
         """A padded batch. Images need `input_ids` or a `prompt` that says where they are."""
-        input_ids, attention_mask, position_ids, past_length, inputs_embeds, images, prompt = batch
+        input_ids, attention_mask, position_ids, past_length, inputs_embeds, images, prompt, paged = batch
         if position_ids is not None:
             check_axes(config, "position_ids", position_ids.shape[0] if position_ids.ndim == 3 else 1)
             position_ids = axes_last(position_ids)
@@ -410,7 +412,8 @@ class Inputs:
             assert given is not None
             if text_ids is not None and given.shape[1] > 1 and not torch.compiler.is_compiling():
                 _refuse_foreign_placeholders(config, given)
-            if text_ids is not None and attention_mask is None and restarts(position_ids) and not past_length:
+            alone = text_ids is not None and attention_mask is None and not past_length and not paged
+            if alone and restarts(position_ids):
                 return cls(PackedLayout.flattened(position_ids), text_ids)
             batch_size, length = given.shape[:2]
             layout = PackedLayout.text(batch_size, length, attention_mask, position_ids, past_length, given.device)

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from transformers.utils import ModelOutput, can_return_tuple, logging
 from typing_extensions import Unpack
 
-from .attention_bagel import prepare_attention
+from .attention_bagel import AttentionSpec, kernel_kwargs, prepare_attention
 from .checkpoint_bagel import (
     check_checkpoint,
     ids_outside,
@@ -290,11 +290,12 @@ class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
             latent_pixel_values=batch.images.latent_pixel_values,
         )
         posterior = {"sample_posterior": bool(options.get("sample_posterior")), "generator": generator}
-        batch = batch._replace(images=batch.images._replace(**posterior), prompt=options.get("prompt"))
+        paged, prompt = "cache" in options, options.get("prompt")
+        batch = batch._replace(images=batch.images._replace(**posterior), prompt=prompt, paged=paged)
         if batch.inputs_embeds is not None and not batch.images.empty:
             batch = batch._replace(input_ids=self._ids_of(batch.inputs_embeds))
         inputs = Inputs.from_padded(self.config, self.encode_images, batch)
-        if len(options.get("cu_seq_lens_q", ())) > 2 and inputs.layout.causal:
+        if len(options.get("cu_seq_lens_q", ())) > 2 and inputs.layout.causal and not paged:
             raise ValueError(
                 f"cu_seq_lens_q={options['cu_seq_lens_q'].tolist()} names several samples, position_ids only one: pass "
                 "position_ids that start again from 0 with every sample (DataCollatorWithFlattening makes them)."
@@ -316,15 +317,19 @@ class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
         if inputs.layout.length > 1 and not torch.compiler.is_compiling():
             warn_of_positions(self.config, inputs.layout)
         embeds = self.embed(inputs)
-        attention = prepare_attention(
-            self.config.text_config,
-            inputs.layout,
-            embeds,
-            inputs.attention_mask,
-            past_key_values,
-            recording["output_attentions"],
-        )
-        return self.language_model.model(embeds, inputs.layout, attention, past_key_values, **recording)
+        if "cache" in options:
+            attention = AttentionSpec(inputs.attention_mask, options["is_causal"])
+        else:
+            attention = prepare_attention(
+                self.config.text_config,
+                inputs.layout,
+                embeds,
+                inputs.attention_mask,
+                past_key_values,
+                recording["output_attentions"],
+            )
+        for_kernel = kernel_kwargs(options, inputs.layout)
+        return self.language_model.model(embeds, inputs.layout, attention, past_key_values, **recording, **for_kernel)
 
     def embed(self, inputs: Inputs) -> torch.Tensor:
         """

@@ -6,8 +6,9 @@ import inspect
 
 import pytest
 import torch
-from tiny_models import fresh_tiny_model, padded_batch, tiny_model
-from transformers import AutoModelForCausalLM
+from tiny_models import attention_kernel, fresh_tiny_model, padded_batch, tiny_model
+from transformers import AttentionInterface, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import find_labels
 
 from bagel import decoder_bagel
@@ -117,3 +118,34 @@ def test_the_auto_class_of_language_models_finds_it(tmp_path):
     fresh_tiny_model().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(loaded).__name__ == "BagelForUnifiedMultimodal"
+
+
+# ---- kernels
+
+
+def test_texts_of_continuous_batching_equal_those_of_generate():
+    model, prompts = tiny_model(), [[1, 50, 51], [1, 60, 61, 62, 63]]
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=0)
+    space = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
+    made = model.generate_batch(
+        prompts, generation_config=settings, continuous_batching_config=space, progress_bar=False
+    )
+    for prompt, answer in zip(prompts, made.values()):
+        expected = model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :]
+        assert answer.generated_tokens == expected.tolist()
+
+
+def test_kernels_are_passed_the_arguments_of_transformers():
+    model, seen = fresh_tiny_model(), []
+
+    def kernel(module, query, key, value, mask, **options):
+        seen.append(options)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)
+
+    AttentionInterface.register("listening", kernel)
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 3]), "max_length_q": 3}
+    with attention_kernel(model, "listening", "sdpa"), torch.no_grad():
+        model(input_ids=torch.tensor([[1, 50, 2]]), **lengths)
+    assert seen and all(lengths.items() <= options.items() for options in seen)
+    with pytest.raises(ValueError, match="is_causal=False"):
+        model(input_ids=torch.tensor([[1, 50, 2]]), is_causal=False)
