@@ -42,7 +42,8 @@ Encoder = Callable[[Sequence[torch.Tensor], bool, Sequence[torch.Generator | Non
 
 class PackKwargs(TypedDict, total=False):
     """
-    A training pack: names and meaning of the released data pipeline, and two of ours (padded_images, noise).
+    A training pack: names and meaning of the released data pipeline, and two of ours (padded_images, noise). `labels`
+    and `shift_labels` beside them are for `Trainer`, see [`~packing_bagel.with_labels`]: losses do not read them.
 
     sequence_length: tokens of the pack. packed_text_ids, packed_text_indexes: (text tokens,). sample_lens: tokens of
         each sample. packed_position_ids: (sequence_length,), with `mrope_section` (sequence_length, 3). split_lens,

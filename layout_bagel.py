@@ -477,6 +477,11 @@ def check_cover(sequence_length: int, indexes: dict[str, LongTensor | None], dev
             )
 
 
+def around(index: LongTensor) -> LongTensor:
+    """Some tokens of a pack and those after them, in order: token k predicts what stands at k + 1 there."""
+    return torch.cat([index, index + 1]).unique()
+
+
 def count_positions(advance: LongTensor) -> LongTensor:
     """Positions from steps: the first step is position 0; so is everything before it."""
     return (advance.cumsum(1) - 1).clamp(min=0)

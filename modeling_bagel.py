@@ -48,7 +48,7 @@ from .inputs_bagel import (
     check_patches,
     check_tensors,
 )
-from .layout_bagel import LongTensor
+from .layout_bagel import LongTensor, around
 from .lora_bagel import BagelAdapterMixin
 from .modeling_siglip_navit import SiglipVisionModel
 
@@ -67,7 +67,8 @@ class BagelOutput(ModelOutput):
     Args:
         loss: scalar. Padded batches: language-model loss of `labels`. Packs:
             `ce_weight * mean(ce) + mse_weight * mean(mse)`.
-        logits: (batch, kept length, vocab_size); padded batches only.
+        logits: (batch, kept length, vocab_size). Packs: only with `labels` and without gradients, at the tokens that
+            predict a text label and those after them, (1, tokens, vocab_size).
         ce: (text labels,) cross-entropy per token; packs only.
         mse: (learned latent tokens, patch_latent_dim) squared velocity error per element; packs only.
         last_hidden_state: (batch, length, hidden_size) after the final norm; (length, hidden_size) for packs.
@@ -509,8 +510,9 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
             latent_pixel_values: (VAE images, 3, H, W) in [-1, 1], zero-padded to the largest. latent_image_sizes:
                 (VAE images, 2) height and width in pixels; each image is encoded at its own size.
             kwargs: of [`~inputs_bagel.BagelKwargs`]. `num_items_in_batch`: labels to divide by, if not those of this
-                batch; for a pack (2,), the labels (or the sum of their weights) and the learned latent tokens of the
-                whole optimizer step.
+                batch. For a pack (2,), the labels (or the sum of their weights) and the learned latent tokens of the
+                whole optimizer step; or their sum, as the stock `Trainer` counts it: the means of a pack then count as
+                much as it has learned tokens.
 
         Returns:
             [`BagelOutput`].
@@ -531,6 +533,7 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
             loss, ce, mse = self._learn(inputs.targets, hidden_states[0], options.get("num_items_in_batch"))
             return BagelOutput(
                 loss=loss,
+                logits=self._evaluated_logits(inputs.targets, hidden_states, labels),
                 ce=ce,
                 mse=mse,
                 last_hidden_state=hidden_states[0],
@@ -603,12 +606,20 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
         hidden_states: torch.Tensor,
     ) -> torch.Tensor | None:
         """The weighted means; with `num_items` this pack's share of those of the whole step."""
-        if num_items is not None and (not torch.is_tensor(num_items) or num_items.shape != (2,)):
-            raise ValueError(
-                f"num_items_in_batch={num_items} of a pack must be a tensor of two counts: the text labels and the "
-                "learned latent tokens of the optimizer step."
-            )
-        num_labels, num_latents = (None, None) if num_items is None else num_items
+        share, counts = 1.0, (None, None)
+        if num_items is not None:
+            num_items = torch.as_tensor(num_items)
+            if num_items.numel() not in (1, 2):
+                raise ValueError(
+                    f"num_items_in_batch={num_items} of a pack must be two counts, the text labels and the learned "
+                    "latent tokens of the optimizer step, or their sum."
+                )
+            if num_items.numel() == 2:
+                counts = num_items
+            else:
+                learned = sum(0 if errors is None else len(errors) for errors in (ce, mse))
+                share = learned / num_items.to(hidden_states.device)
+        num_labels, num_latents = counts
         losses = []
         if ce is not None:
             weights = targets.label_weights if self.config.ce_loss_reweighting else None
@@ -622,7 +633,22 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
             losses.append(self.config.mse_weight * per_token.sum() / (len(mse) if num_latents is None else num_latents))
         if losses and mse is None:
             losses.append(self._no_velocity(hidden_states))
-        return sum(losses[1:], losses[0]) if losses else None
+        return sum(losses[1:], losses[0]) * share if losses else None
+
+    def _evaluated_logits(
+        self, targets: Targets, hidden_states: torch.Tensor, labels: LongTensor | None
+    ) -> torch.Tensor | None:
+        """Of a pack, where `labels` of [`~packing_bagel.with_labels`] are; for metrics, so without gradients only."""
+        if labels is None or torch.is_grad_enabled():
+            return None
+        index = targets.label_index
+        if index is None:
+            kept = hidden_states[:, :0]
+        else:  # after the last token of a pack none is left, and its logits predict nothing
+            kept = hidden_states[:, around(index).clamp(max=hidden_states.shape[1] - 1)]
+        if kept.shape[1] != labels.shape[-1]:
+            raise ValueError(f"labels of a pack hold {labels.shape[-1]} tokens, its ce_loss_indexes {kept.shape[1]}.")
+        return self.language_model.lm_head(kept)
 
     def _no_velocity(self, hidden_states: torch.Tensor) -> torch.Tensor | float:
         """Zero, through the velocity head: a batch without latents still gives its parameters a (zero) gradient."""

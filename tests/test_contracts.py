@@ -6,8 +6,15 @@ import inspect
 
 import pytest
 import torch
-from tiny_models import attention_kernel, fresh_tiny_model, padded_batch, tiny_model
-from transformers import AttentionInterface, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from tiny_models import attention_kernel, fresh_tiny_model, padded_batch, tiny_model, training_pack
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import find_labels
 
@@ -149,3 +156,110 @@ def test_kernels_are_passed_the_arguments_of_transformers():
     assert seen and all(lengths.items() <= options.items() for options in seen)
     with pytest.raises(ValueError, match="is_causal=False"):
         model(input_ids=torch.tensor([[1, 50, 2]]), is_causal=False)
+
+
+# ---- the stock Trainer
+
+
+def stock_trainer(model, rows, collate, folder, **options):
+    settings = {name: options.pop(name) for name in list(options) if name in TrainingArguments.__dataclass_fields__}
+    arguments = TrainingArguments(
+        str(folder),
+        use_cpu=True,
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **settings,
+    )
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate, **options)
+
+
+def conversations(processor, answers):
+    """Rows that teach one answer each."""
+    asked = {"role": "user", "content": [{"type": "text", "text": "what is it?"}]}
+    said = ({"role": "assistant", "content": [{"type": "text", "text": answer}]} for answer in answers)
+    return [{"messages": [asked, answer]} for answer in said]
+
+
+def test_the_stock_trainer_evaluates_and_predicts_rows(tmp_path, model, processor):
+    rows, seen = conversations(processor, ["a cat", "a red circle at the left", "a dog"]), []
+
+    def measure(found):
+        predicted, expected = found.predictions[:, :-1].argmax(-1), found.label_ids[:, 1:]
+        seen.append((found.predictions.shape[:2], found.label_ids.shape))
+        return {"right": float((predicted == expected)[expected != -100].mean())}
+
+    collate = processor.collator()
+    trainer = stock_trainer(model, rows, collate, tmp_path, per_device_eval_batch_size=1, compute_metrics=measure)
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        losses = [model(**collate([row])).loss for row in rows]
+    assert metrics["eval_loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    assert 0 <= metrics["eval_right"] <= 1
+    assert seen[0][0] == seen[0][1] and seen[0][0][0] == len(rows)
+    assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(metrics["eval_loss"])
+
+
+def test_logits_of_a_pack_predict_the_labels_after_them(model, processor):
+    pack = processor.collator()(conversations(processor, ["a cat", "a red circle at the left"]))
+    with torch.no_grad():
+        output = model(**pack)
+    shifted = pack["labels"][0, 1:]
+    learned = shifted != -100
+    assert int(learned.sum()) == len(pack["ce_loss_indexes"])
+    errors = torch.nn.functional.cross_entropy(output.logits[0, :-1][learned], shifted[learned], reduction="none")
+    torch.testing.assert_close(errors, output.ce)
+    assert "logits" not in model(**pack)  # they would cost memory in training
+
+
+def test_accumulated_packs_learn_what_one_pack_of_all_rows_does(tmp_path, tiny_directory, processor):
+    rows = conversations(processor, ["a cat", "a red circle at the left of a blue square"])
+    trained = []
+    for size in (1, 2):
+        model = BagelForUnifiedMultimodal.from_pretrained(tiny_directory)
+        stock_trainer(
+            model,
+            rows,
+            processor.collator(),
+            tmp_path,
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=2 // size,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            save_strategy="no",
+        ).train()
+        trained.append(model.get_output_embeddings().weight.detach())
+    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-7)
+
+
+def test_a_pack_counts_as_much_as_it_has_learned_tokens():
+    model = tiny_model()
+    contents = ([("text", 3), ("noise", 2, 2)], [("text", 9)], [("noise", 1, 2)])
+    packs = [training_pack([segments]) for segments in contents]
+    learned = [sum(len(pack.get(name, ())) for name in ("ce_loss_indexes", "mse_loss_indexes")) for pack in packs]
+    with torch.no_grad():
+        for pack, count in zip(packs, learned):
+            share = model(**pack, num_items_in_batch=torch.tensor(sum(learned))).loss
+            torch.testing.assert_close(share, model(**pack).loss * count / sum(learned))
+
+
+def test_a_padded_batch_is_evaluated_with_metrics(tmp_path, model, processor):
+    texts = processor(text=["what is it? a cat", "a dog"], return_tensors="pt", padding=True)
+    labels = texts["input_ids"].masked_fill(texts["attention_mask"] == 0, -100)
+    rows = [
+        {"input_ids": ids, "attention_mask": mask, "labels": label}
+        for ids, mask, label in zip(texts["input_ids"], texts["attention_mask"], labels)
+    ]
+    shapes = []
+
+    def measure(found):
+        shapes.append((found.predictions.shape[:2], found.label_ids.shape))
+        return {}
+
+    metrics = stock_trainer(model, rows, None, tmp_path, compute_metrics=measure).evaluate()
+    with torch.no_grad():
+        expected = model(**texts, labels=labels).loss
+    assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert shapes == [(tuple(labels.shape), tuple(labels.shape))]
