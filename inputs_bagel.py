@@ -534,7 +534,7 @@ def check_tensors(**tensors: torch.Tensor | None) -> None:
         raise ValueError(f"Inputs lie on different devices: {where}. Move them together: `inputs.to(model.device)`.")
     for name, tensor in given.items():
         floats = name in ("inputs_embeds", "pixel_values", "latent_pixel_values")
-        if floats != tensor.is_floating_point() and not (name == "attention_mask" and tensor.ndim == 4):
+        if floats != tensor.is_floating_point() and name != "attention_mask":
             raise ValueError(
                 f"{name} has dtype {tensor.dtype}; it must be {'a floating' if floats else 'an integer'} type."
             )

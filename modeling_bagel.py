@@ -49,7 +49,7 @@ from .inputs_bagel import (
     check_tensors,
 )
 from .layout_bagel import LongTensor, around
-from .lora_bagel import BagelAdapterMixin
+from .lora_bagel import BagelAdapterMixin, refuse_prompt_learning
 from .modeling_siglip_navit import SiglipVisionModel
 
 
@@ -561,7 +561,11 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
 
         Returns:
             Velocity, like `x_t`; zero at padding.
+
+        Raises:
+            ValueError: under an adapter of PEFT's prompt learning.
         """
+        refuse_prompt_learning(self)
         inputs = Inputs.to_draw(self.config, context.layout, x_t, t, context.position_ids)
         decoder, embeds = self.language_model.model, self.embed(inputs)
         output = decoder(embeds, context.layout, context.attention, context.cache, context.routing)
