@@ -274,6 +274,8 @@ class BagelTextModel(BagelPreTrainedModel):
 
     def __init__(self, config: BagelTextConfig):
         super().__init__(config)
+        if "sliding_attention" in (config.layer_types or ()):
+            raise ValueError("use_sliding_window=True: BAGEL attends to the whole context, images included.")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([BagelDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

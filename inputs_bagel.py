@@ -27,6 +27,7 @@ from .layout_bagel import (
     LongTensor,
     PackedLayout,
     Placeholders,
+    as_index,
     axes_last,
     check_cover,
     count_positions,
@@ -262,6 +263,26 @@ class Prompt:
         found = Placeholders(*(column[index] for column in self.placeholders))
         return replace(self, placeholders=found, **columns, **picked), images
 
+    def since(self, start: int, images: ImageTensors) -> tuple["Prompt", ImageTensors]:
+        """
+        What comes from column `start` on, and its images: the rest of a prompt whose beginning is cached.
+
+        Raises:
+            ValueError: the beginning ends within an image.
+        """
+        found = self.placeholders
+        if bool((found.in_image & ~found.start)[:, start].any()):
+            raise ValueError(f"The cache holds {start} tokens, which end within an image: cut prompts between images.")
+        picked: dict[str, Any] = {}
+        for name, column in (("image", found.image), ("latent", found.latent)):
+            begins = (column & ~nn.functional.pad(column[:, :-1], (1, 0))).nonzero()[:, 1].tolist()
+            numbers = [number for number, index in enumerate(begins) if index >= start]
+            grids = getattr(self, f"{name}_grids")
+            picked[f"{name}_grids"] = tuple(grids[number] for number in numbers)
+            images = _select_images(images, name, grids, numbers)
+        columns = {name: getattr(self, name)[:, start:] for name in ("input_ids", "valid", "position_ids")}
+        return replace(self, placeholders=Placeholders(*(one[:, start:] for one in found)), **columns, **picked), images
+
     def without_padding(self) -> "Prompt":
         """A single row without its padding."""
         mask = self.valid[0]
@@ -405,6 +426,8 @@ class Inputs:
         if position_ids is not None:
             check_axes(config, "position_ids", position_ids.shape[0] if position_ids.ndim == 3 else 1)
             position_ids = axes_last(position_ids)
+        if prompt is not None and input_ids is not None and prompt.input_ids.shape[1] > input_ids.shape[1]:
+            prompt, images = prompt.since(prompt.input_ids.shape[1] - input_ids.shape[1], images)
         text_ids = None
         if input_ids is not None and inputs_embeds is None:
             text_ids = word_ids(config, input_ids, images_follow=not images.empty)
@@ -523,29 +546,6 @@ def check_axes(config: BagelConfig, name: str, axes: int, needs_three: bool = Fa
             f"{name} holds one position per token, but with mrope_section={section} images have three: packs come "
             "from a processor with return_position_ids=True."
         )
-
-
-def check_tensors(**tensors: torch.Tensor | None) -> None:
-    """One device, ids as integers, features as floats: anything else is refused by name."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    devices = {name: tensor.device for name, tensor in given.items()}
-    if len(set(devices.values())) > 1:
-        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"Inputs lie on different devices: {where}. Move them together: `inputs.to(model.device)`.")
-    for name, tensor in given.items():
-        floats = name in ("inputs_embeds", "pixel_values", "latent_pixel_values")
-        if floats != tensor.is_floating_point() and name != "attention_mask":
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype}; it must be {'a floating' if floats else 'an integer'} type."
-            )
-
-
-def as_index(index: torch.Tensor | None) -> LongTensor | None:
-    """Released packs give indexes, bool masks or an empty float tensor; `None` = nothing there."""
-    if index is None or index.numel() == 0:
-        return None
-    index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
-    return index if index.numel() else None
 
 
 # ---- padded batches

@@ -46,9 +46,8 @@ from .inputs_bagel import (
     Targets,
     VitTokens,
     check_patches,
-    check_tensors,
 )
-from .layout_bagel import LongTensor, around
+from .layout_bagel import LongTensor, around, check_tensors
 from .lora_bagel import BagelAdapterMixin, refuse_prompt_learning
 from .modeling_siglip_navit import SiglipVisionModel
 
@@ -311,6 +310,11 @@ class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
             use_cache = self.config.text_config.use_cache
         if use_cache and past_key_values is None and inputs.targets is None:
             past_key_values = DynamicCache(config=self.config.text_config)
+        if past_key_values is not None and any(past_key_values.is_sliding):
+            raise ValueError(
+                f"{type(past_key_values).__name__} keeps a sliding window of the context, and BAGEL attends to all of "
+                "it: make the cache with config=model.config."
+            )
         recording = {
             name: getattr(self.config, name) if options.get(name) is None else options[name]
             for name in ("output_attentions", "output_hidden_states")

@@ -12,13 +12,16 @@ from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
     GenerationConfig,
+    Qwen2Config,
     Trainer,
     TrainingArguments,
 )
+from transformers.cache_utils import Cache, DynamicCache, QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import find_labels
 
 from bagel import decoder_bagel
+from bagel.inputs_bagel import find_placeholders
 from bagel.modeling_bagel import BagelForUnifiedMultimodal, BagelModel
 
 
@@ -263,3 +266,73 @@ def test_a_padded_batch_is_evaluated_with_metrics(tmp_path, model, processor):
         expected = model(**texts, labels=labels).loss
     assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
     assert shapes == [(tuple(labels.shape), tuple(labels.shape))]
+
+
+# ---- caches
+
+DIALOGUE = [("vit", 2, 3), ("text", 4), ("vae", 1, 2), ("vit", 1, 2), ("text", 3)]
+OTHER_DIALOGUE = [("text", 10), ("vit", 2, 2), ("text", 3)]
+
+
+def test_a_cache_is_read_also_with_use_cache_off():
+    model, inputs, cache = tiny_model(), reads(READ), DynamicCache(config=tiny_model().config)
+    start = inputs["input_ids"].shape[1] - 3
+    ids, positions = inputs["input_ids"], torch.arange(1, 1 + 6)[None, -3:]
+    pixels = {name: inputs[name] for name in ("pixel_values", "image_grid_hw")}
+    with torch.no_grad():
+        model(input_ids=ids[:, :start], past_key_values=cache, use_cache=True, **pixels)
+        rest = model(input_ids=ids[:, start:], position_ids=positions, past_key_values=cache, use_cache=False).logits
+        torch.testing.assert_close(rest, model(**inputs).logits[:, start:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("conversations", [[DIALOGUE], [DIALOGUE, OTHER_DIALOGUE]], ids=["one", "two"])
+def test_writing_on_after_a_cache_takes_the_whole_conversation(conversations):
+    """The processor gives all of it, images that are cached included."""
+    model, whole = tiny_model(), padded_batch(conversations, 0, "left")
+    answer, length = {"max_new_tokens": 4, "do_sample": False}, whole["input_ids"].shape[1]
+    expected = model.generate(**whole, **answer)
+    found = find_placeholders(model.config, whole["input_ids"])
+    inside = (found.in_image & ~found.start).any(0)
+    for cut in range(1, length):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(**whole, past_key_values=cache, use_cache=True)
+        cache.crop(cut - length)
+        if inside[cut]:
+            with pytest.raises(ValueError, match="end within an image"):
+                model.generate(**whole, past_key_values=cache, **answer)
+        else:
+            assert torch.equal(model.generate(**whole, past_key_values=cache, **answer), expected), cut
+
+
+@pytest.mark.parametrize("name", ["static", "dynamic"])
+def test_every_kind_of_cache_gives_the_same_answer(name):
+    model, inputs = tiny_model(), padded_batch([DIALOGUE, OTHER_DIALOGUE], 0, "left")
+    answer = {"max_new_tokens": 4, "do_sample": False}
+    made = model.generate(**inputs, **answer, cache_implementation=name, disable_compile=True)
+    assert torch.equal(made, model.generate(**inputs, **answer, use_cache=False))
+
+
+def test_sliding_windows_are_refused_by_name():
+    window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}
+    with pytest.raises(ValueError, match="use_sliding_window"):
+        fresh_tiny_model(text_config=window)
+    cache = DynamicCache(config=Qwen2Config(num_hidden_layers=2, **window))
+    with pytest.raises(ValueError, match="DynamicCache keeps a sliding window"):
+        tiny_model()(input_ids=torch.tensor([[1, 50, 2]]), past_key_values=cache)
+
+
+def test_a_quantised_cache_gives_almost_the_same(monkeypatch):
+    """With a quantiser that loses nothing: the cache is longer than what it keeps unquantised."""
+
+    class Lossless(QuantizedLayer):
+        def _quantize(self, tensor, axis):
+            return tensor
+
+        def _dequantize(self, tensor):
+            return tensor
+
+    model, inputs = tiny_model(), padded_batch([DIALOGUE], 0)
+    cache = Cache(layers=[Lossless(residual_length=4) for _ in range(2)])
+    answer = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**inputs, **answer, past_key_values=cache), model.generate(**inputs, **answer))
