@@ -9,8 +9,8 @@ variable-length call over the keys that it may see. transformers imports flash-a
 Axes: (batch, heads, length, head_dim) in kernels, (batch, length, features) outside.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import nn
@@ -19,6 +19,24 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from .layout_bagel import BoolTensor, LongTensor, PackedLayout
+
+
+KERNEL_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+PAGED_KERNEL_KWARGS = (*KERNEL_KWARGS, "cache", "read_index", "write_index", "block_table")
+
+
+class PagedKwargs(TypedDict, total=False):
+    """
+    Continuous batching (`generate_batch`): what transformers' kernels are passed, see its `PagedAttentionArgs`. Many
+    texts then lie in one row, and their keys and values in `cache`, which the kernel reads and writes.
+    """
+
+    cache: Any
+    read_index: list[LongTensor]
+    write_index: list[LongTensor]
+    block_table: torch.Tensor | None
+    logits_indices: LongTensor
+    logits_processor_args: torch.Tensor
 
 
 class VarlenPart(NamedTuple):
@@ -85,6 +103,20 @@ class FrozenContext:
         past_keys, past_values = self.layers[layer_idx]
         past_keys, past_values = past_keys.to(keys.device), past_values.to(values.device)
         return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+
+
+def kernel_kwargs(options: Mapping[str, Any], layout: PackedLayout) -> dict[str, Any]:
+    """
+    The arguments of `forward` that are for the attention kernel. A layout that is no plain text has its own.
+
+    Raises:
+        ValueError: bidirectional text is asked for.
+    """
+    if "cache" in options:
+        return {name: options[name] for name in PAGED_KERNEL_KWARGS if name in options}
+    if options.get("is_causal") is False:
+        raise ValueError("is_causal=False: this decoder reads text causally; only images are bidirectional.")
+    return {name: options[name] for name in KERNEL_KWARGS if name in options} if layout.causal else {}
 
 
 def prepare_attention(

@@ -20,11 +20,10 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 
 DECODER_LAYERS = ("Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer")
 STAGES = {1: 1, "1": 1, "stage1": 1, 2: 2, "2": 2, "stage2": 2}
+AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 AUTO_MAP = {
     "AutoConfig": "configuration_bagel.BagelConfig",
-    "AutoModel": "modeling_bagel.BagelForUnifiedMultimodal",
-    "AutoModelForImageTextToText": "modeling_bagel.BagelForUnifiedMultimodal",
-    "AutoModelForMultimodalLM": "modeling_bagel.BagelForUnifiedMultimodal",
+    **dict.fromkeys(AUTO_MODELS, "modeling_bagel.BagelForUnifiedMultimodal"),
     "AutoProcessor": "processing_bagel.BagelProcessor",
     "AutoImageProcessor": "image_processing_bagel.BagelImageProcessor",
 }
@@ -673,6 +672,7 @@ def _prepare_config_for_stage(config: BagelConfig) -> None:
         layer_module = "Qwen2MoTDecoderLayer" if config.visual_gen else "Qwen2DecoderLayer"
     config.text_config.layer_module = layer_module
     config.text_config.base_model_tp_plan = _tensor_parallel_plan(config.text_config)
+    config.text_config.base_model_pp_plan = None  # Qwen2's passes other arguments than these blocks take
     config.tie_word_embeddings = config.tie_word_embeddings or config.text_config.tie_word_embeddings
 
 

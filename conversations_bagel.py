@@ -32,6 +32,7 @@ from .packing_bagel import (
     pack,
     randomize,
     rng_of_torch,
+    with_labels,
 )
 
 
@@ -473,7 +474,7 @@ class ConversationCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
-        One pack, see [`~packing_bagel.pack`].
+        One pack, see [`~packing_bagel.pack`], with labels, see [`~packing_bagel.with_labels`].
 
         Raises:
             ValueError: none of the rows can be used; or, without `skip`, one cannot.
@@ -492,7 +493,7 @@ class ConversationCollator:
                 logger.warning(f"skipped {name}: {reason} ({self.num_skipped} skipped so far)")
         if not samples:
             raise ValueError(f"None of {len(rows)} rows could be used. {'; '.join(map(': '.join, skipped))}")
-        made = pack(samples, self.planner.config, **self.pack_options)
+        made = with_labels(pack(samples, self.planner.config, **self.pack_options))
         if self.report:
             made["report"] = {"sample_ids": [sample.name for sample in samples], "skipped": skipped}
         return made

@@ -19,13 +19,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, eager_attention_forward
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, logging
+from transformers.utils.output_capturing import capture_outputs
 
 from .attention_bagel import AttentionSpec, attend
 from .configuration_bagel import BagelConfig, BagelTextConfig
 from .embeddings_bagel import BagelGridPositionEmbedding, BagelTextRotaryEmbedding, rotate_halves, rotate_pairs
 from .layout_bagel import BoolTensor, LongTensor, PackedLayout, rounds_sizes
 
+
+logger = logging.get_logger(__name__)
 
 ROWS_STEP = 64  # what the number of tokens of an expert is rounded up to, see `layout_bagel.rounds_sizes`
 
@@ -216,12 +219,12 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         attention: AttentionSpec,
         past_key_values: Cache | None = None,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor:
         normed = routing.run(hidden_states, self.input_layernorm, self.input_layernorm_moe_gen)
-        attended, weights = self.self_attn(normed, position_embeddings, routing, attention, past_key_values, **kwargs)
+        attended, _ = self.self_attn(normed, position_embeddings, routing, attention, past_key_values, **kwargs)
         hidden_states = hidden_states + attended
         normed = routing.run(hidden_states, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen)
-        return hidden_states + routing.run(normed, self.mlp, self.mlp_moe_gen), weights
+        return hidden_states + routing.run(normed, self.mlp, self.mlp_moe_gen)
 
 
 def _gen_norm(config: BagelTextConfig, present: bool) -> nn.Module | None:
@@ -242,7 +245,7 @@ class BagelPreTrainedModel(PreTrainedModel):
     # transformers' any-to-any pipeline refuses image models without torchvision; this one needs none
     input_modalities = ["image", "text"] if is_torchvision_available() else ["text"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["BagelDecoderLayer", "SiglipEncoderLayer", "AutoencoderKL"]
+    _no_split_modules = ["BagelDecoderLayer"]  # a model adds those of its parts
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -267,9 +270,12 @@ class BagelTextModel(BagelPreTrainedModel):
 
     config: BagelTextConfig
     config_class = BagelTextConfig
+    _can_record_outputs = {"hidden_states": BagelDecoderLayer, "attentions": BagelAttention}
 
     def __init__(self, config: BagelTextConfig):
         super().__init__(config)
+        if "sliding_attention" in (config.layer_types or ()):
+            raise ValueError("use_sliding_window=True: BAGEL attends to the whole context, images included.")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([BagelDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -291,8 +297,6 @@ class BagelTextModel(BagelPreTrainedModel):
         attention: AttentionSpec,
         past_key_values: Cache | None = None,
         routing: Routing | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -300,39 +304,44 @@ class BagelTextModel(BagelPreTrainedModel):
 
         Args:
             attention: the layout for one kernel, see [`~attention_bagel.prepare_attention`].
-            routing: of the layout, if it has been made before. kwargs: for the kernel.
+            routing: of the layout, if it has been made before.
+            kwargs: `output_hidden_states`, `output_attentions`; the others are for the kernel.
         """
         routing = routing or self.route(layout)
-        position_embeddings = self.rotary_emb(inputs_embeds, layout.position_ids, layout.sample_ids)
-        hidden_states = routing.freeze_und_tokens(routing.sort(inputs_embeds))
-        all_states, all_weights = [inputs_embeds], []
-        for layer in self.layers:
-            hidden_states, weights = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                routing=routing,
-                attention=attention,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-            if output_hidden_states:
-                all_states.append(routing.restore(hidden_states))
-            if output_attentions:
-                all_weights.append(weights)
-        hidden_states = routing.restore(routing.run(hidden_states, self.norm, self.norm_moe_gen))
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
+        output = self._run_blocks(
+            routing.freeze_und_tokens(routing.sort(inputs_embeds)),
+            position_embeddings=self.rotary_emb(inputs_embeds, layout.position_ids, layout.sample_ids),
+            routing=routing,
+            attention=attention,
             past_key_values=past_key_values,
-            hidden_states=(*all_states[:-1], hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_weights) if output_attentions else None,
+            **kwargs,
         )
+        output.last_hidden_state = routing.restore(output.last_hidden_state)
+        if output.hidden_states is not None:  # with selected layers, the others are None
+            states = (state if state is None else routing.restore(state) for state in output.hidden_states)
+            output.hidden_states = tuple(states)
+        return output
+
+    @capture_outputs
+    def _run_blocks(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        routing: Routing,
+        past_key_values: Cache | None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **arguments,
+    ) -> BaseModelOutputWithPast:
+        """Blocks and final norm on sorted tokens; the flags are read by transformers' hooks."""
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, routing=routing, past_key_values=past_key_values, **arguments)
+        hidden_states = routing.run(hidden_states, self.norm, self.norm_moe_gen)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
-def check_positions(config: BagelConfig, layout: PackedLayout) -> None:
-    """
-    Raises:
-        ValueError: a position that the decoder was never trained for.
-    """
+def warn_of_positions(config: BagelConfig, layout: PackedLayout) -> None:
+    """Say once that a position is one that the decoder was never trained for."""
     text = config.text_config
     last, limit = int(layout.position_ids.max()), text.max_extended_positions
     if last < limit:
@@ -340,7 +349,7 @@ def check_positions(config: BagelConfig, layout: PackedLayout) -> None:
     given = f"max_position_embeddings={text.max_position_embeddings}"
     extended = "" if limit == text.max_position_embeddings else f" and rope_parameters extend it to {limit}"
     takes = "those of its longer side" if config.multimodal_positions else "one position"
-    raise ValueError(
+    logger.warning_once(
         f"The input reaches position {last}, but {given}{extended}: positions from there on were never trained. "
         f"Shorten the prompt (an image takes {takes}, a text token one each), or extend the context: see "
         "rope_parameters of BagelTextConfig."

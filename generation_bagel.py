@@ -545,7 +545,7 @@ class BagelGenerationMixin(BagelDrawingMixin):
         else:  # an assistant's first call, or no cache at all
             inputs.update({name: kwargs[name] for name in IMAGE_INPUTS if kwargs.get(name) is not None})
             given = inputs["input_ids"]
-            if prompt is not None and given is not None and given.shape == prompt.input_ids.shape:
+            if prompt is not None and given is not None and given.shape[1] <= prompt.input_ids.shape[1]:
                 inputs["prompt"] = prompt
             inputs |= {"sample_posterior": sample_posterior, "generator": generator}
         return inputs

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.utils import TransformersKwargs
 
+from .attention_bagel import PagedKwargs
 from .configuration_bagel import BagelConfig
 from .embeddings_bagel import latent_grid, latent_position_ids, vit_position_ids
 from .flow_bagel import interpolate, patchify_latents, training_timesteps, velocity_target
@@ -26,6 +27,7 @@ from .layout_bagel import (
     LongTensor,
     PackedLayout,
     Placeholders,
+    as_index,
     axes_last,
     check_cover,
     count_positions,
@@ -41,7 +43,8 @@ Encoder = Callable[[Sequence[torch.Tensor], bool, Sequence[torch.Generator | Non
 
 class PackKwargs(TypedDict, total=False):
     """
-    A training pack: names and meaning of the released data pipeline, and two of ours (padded_images, noise).
+    A training pack: names and meaning of the released data pipeline, and two of ours (padded_images, noise). `labels`
+    and `shift_labels` beside them are for `Trainer`, see [`~packing_bagel.with_labels`]: losses do not read them.
 
     sequence_length: tokens of the pack. packed_text_ids, packed_text_indexes: (text tokens,). sample_lens: tokens of
         each sample. packed_position_ids: (sequence_length,), with `mrope_section` (sequence_length, 3). split_lens,
@@ -83,7 +86,7 @@ class PackKwargs(TypedDict, total=False):
     noise: torch.Tensor
 
 
-class BagelKwargs(PackKwargs, TransformersKwargs, total=False):
+class BagelKwargs(PackKwargs, PagedKwargs, TransformersKwargs, total=False):
     """
     Keyword arguments of `forward` beside its named ones: those of transformers, a training pack, and
 
@@ -143,6 +146,7 @@ class PaddedBatch(NamedTuple):
     inputs_embeds: torch.Tensor | None
     images: ImageTensors
     prompt: "Prompt | None" = None
+    paged: bool = False  # see `PagedKwargs`
 
 
 IMAGE_INPUTS = ("pixel_values", "image_grid_hw", "latent_pixel_values", "latent_image_sizes")
@@ -258,6 +262,26 @@ class Prompt:
         columns = {name: getattr(self, name)[index] for name in ("input_ids", "valid", "position_ids")}
         found = Placeholders(*(column[index] for column in self.placeholders))
         return replace(self, placeholders=found, **columns, **picked), images
+
+    def since(self, start: int, images: ImageTensors) -> tuple["Prompt", ImageTensors]:
+        """
+        What comes from column `start` on, and its images: the rest of a prompt whose beginning is cached.
+
+        Raises:
+            ValueError: the beginning ends within an image.
+        """
+        found = self.placeholders
+        if bool((found.in_image & ~found.start)[:, start].any()):
+            raise ValueError(f"The cache holds {start} tokens, which end within an image: cut prompts between images.")
+        picked: dict[str, Any] = {}
+        for name, column in (("image", found.image), ("latent", found.latent)):
+            begins = (column & ~nn.functional.pad(column[:, :-1], (1, 0))).nonzero()[:, 1].tolist()
+            numbers = [number for number, index in enumerate(begins) if index >= start]
+            grids = getattr(self, f"{name}_grids")
+            picked[f"{name}_grids"] = tuple(grids[number] for number in numbers)
+            images = _select_images(images, name, grids, numbers)
+        columns = {name: getattr(self, name)[:, start:] for name in ("input_ids", "valid", "position_ids")}
+        return replace(self, placeholders=Placeholders(*(one[:, start:] for one in found)), **columns, **picked), images
 
     def without_padding(self) -> "Prompt":
         """A single row without its padding."""
@@ -398,17 +422,22 @@ class Inputs:
     @classmethod
     def from_padded(cls, config: BagelConfig, encode: Encoder, batch: PaddedBatch) -> "Inputs":
         """A padded batch. Images need `input_ids` or a `prompt` that says where they are."""
-        input_ids, attention_mask, position_ids, past_length, inputs_embeds, images, prompt = batch
+        input_ids, attention_mask, position_ids, past_length, inputs_embeds, images, prompt, paged = batch
         if position_ids is not None:
-            check_axes(config, "position_ids", position_ids.shape[0] if position_ids.ndim == 3 else 1, not images.empty)
+            check_axes(config, "position_ids", position_ids.shape[0] if position_ids.ndim == 3 else 1)
             position_ids = axes_last(position_ids)
-        text_ids = None if input_ids is None or inputs_embeds is not None else word_ids(config, input_ids)
+        if prompt is not None and input_ids is not None and prompt.input_ids.shape[1] > input_ids.shape[1]:
+            prompt, images = prompt.since(prompt.input_ids.shape[1] - input_ids.shape[1], images)
+        text_ids = None
+        if input_ids is not None and inputs_embeds is None:
+            text_ids = word_ids(config, input_ids, images_follow=not images.empty)
         if images.empty:
             given = input_ids if inputs_embeds is None else inputs_embeds
             assert given is not None
             if text_ids is not None and given.shape[1] > 1 and not torch.compiler.is_compiling():
-                _refuse_placeholders(config, given)
-            if text_ids is not None and attention_mask is None and restarts(position_ids) and not past_length:
+                _refuse_foreign_placeholders(config, given)
+            alone = text_ids is not None and attention_mask is None and not past_length and not paged
+            if alone and restarts(position_ids):
                 return cls(PackedLayout.flattened(position_ids), text_ids)
             batch_size, length = given.shape[:2]
             layout = PackedLayout.text(batch_size, length, attention_mask, position_ids, past_length, given.device)
@@ -417,6 +446,8 @@ class Inputs:
         if prompt is None:
             assert input_ids is not None
             prompt = Prompt.read(config, input_ids, attention_mask, *images.sizes, past_length=past_length)
+        if position_ids is not None and config.multimodal_positions and position_ids.ndim == 2:
+            position_ids = position_ids[..., None].expand(*position_ids.shape, 3)
         layout = prompt.layout(attention_mask, position_ids, past_length)
         vit, latents = _read_images(config, encode, prompt, images)
         return cls(layout, text_ids, inputs_embeds, vit, latents, attention_mask=attention_mask)
@@ -487,59 +518,44 @@ class Inputs:
         return cls(layout, text_ids, latents=latents)
 
 
-def word_ids(config: BagelConfig, input_ids: LongTensor) -> LongTensor:
-    """Ids for the embedding table: placeholders, and a pad id that lies outside the vocabulary, become 0."""
-    outside = (input_ids == config.image_token_id) | (input_ids == config.latent_token_id)
-    if config.pad_token_id is not None and config.pad_token_id >= config.text_config.vocab_size:
-        outside = outside | (input_ids == config.pad_token_id)
-    return input_ids.masked_fill(outside, 0)
+def word_ids(config: BagelConfig, input_ids: LongTensor, images_follow: bool = True) -> LongTensor:
+    """
+    Ids for the embedding table: a pad id that lies outside the vocabulary becomes 0, and so do placeholders whose
+    features come from images. Placeholders without images are words like any other.
+    """
+    vocab_size, replaced = config.text_config.vocab_size, []
+    for token_id in (config.image_token_id, config.latent_token_id):
+        replaced += [token_id] if images_follow or token_id >= vocab_size else []
+    if config.pad_token_id is not None and config.pad_token_id >= vocab_size:
+        replaced.append(config.pad_token_id)
+    for token_id in replaced:
+        input_ids = input_ids.masked_fill(input_ids == token_id, 0)
+    return input_ids
 
 
-def check_axes(config: BagelConfig, name: str, axes: int, has_images: bool) -> None:
-    """Three positions per token are for models with `mrope_section`, and images need them there."""
+def check_axes(config: BagelConfig, name: str, axes: int, needs_three: bool = False) -> None:
+    """Three positions per token are for models with `mrope_section`; a pack with images needs them there."""
     section = config.text_config.mrope_section
     if axes not in (1, 3) or (axes == 3 and section is None):
         raise ValueError(
             f"{name} holds {axes} positions per token; this model takes {'1' if section is None else '1 or 3'}. "
             "Three (time, height, width) are switched on by mrope_section in text_config.rope_parameters."
         )
-    if axes == 1 and section is not None and has_images:
+    if axes == 1 and section is not None and needs_three:
         raise ValueError(
-            f"{name} holds one position per token, but with mrope_section={section} images have three. Leave "
-            "position_ids out, they are counted then; packs come from a processor with return_position_ids=True."
+            f"{name} holds one position per token, but with mrope_section={section} images have three: packs come "
+            "from a processor with return_position_ids=True."
         )
-
-
-def check_tensors(**tensors: torch.Tensor | None) -> None:
-    """One device, ids as integers, features as floats: anything else is refused by name."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    devices = {name: tensor.device for name, tensor in given.items()}
-    if len(set(devices.values())) > 1:
-        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"Inputs lie on different devices: {where}. Move them together: `inputs.to(model.device)`.")
-    for name, tensor in given.items():
-        floats = name in ("inputs_embeds", "pixel_values", "latent_pixel_values")
-        if floats != tensor.is_floating_point() and not (name == "attention_mask" and tensor.ndim == 4):
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype}; it must be {'a floating' if floats else 'an integer'} type."
-            )
-
-
-def as_index(index: torch.Tensor | None) -> LongTensor | None:
-    """Released packs give indexes, bool masks or an empty float tensor; `None` = nothing there."""
-    if index is None or index.numel() == 0:
-        return None
-    index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
-    return index if index.numel() else None
 
 
 # ---- padded batches
 
 
-def _refuse_placeholders(config: BagelConfig, input_ids: LongTensor) -> None:
-    marked = (input_ids == config.image_token_id) | (input_ids == config.latent_token_id)
-    if bool(marked.any()):
-        Prompt.read(config, input_ids)  # says which images are missing
+def _refuse_foreign_placeholders(config: BagelConfig, input_ids: LongTensor) -> None:
+    """Placeholders that are no words of this model need their images."""
+    for token_id in (config.image_token_id, config.latent_token_id):
+        if token_id >= config.text_config.vocab_size and bool((input_ids == token_id).any()):
+            Prompt.read(config, input_ids)  # says which images are missing
 
 
 def _check_images(config: BagelConfig, images: ImageTensors) -> None:

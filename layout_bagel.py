@@ -477,6 +477,34 @@ def check_cover(sequence_length: int, indexes: dict[str, LongTensor | None], dev
             )
 
 
+def check_tensors(**tensors: torch.Tensor | None) -> None:
+    """One device, ids as integers, features as floats: anything else is refused by name."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    devices = {name: tensor.device for name, tensor in given.items()}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"Inputs lie on different devices: {where}. Move them together: `inputs.to(model.device)`.")
+    for name, tensor in given.items():
+        floats = name in ("inputs_embeds", "pixel_values", "latent_pixel_values")
+        if floats != tensor.is_floating_point() and name != "attention_mask":
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype}; it must be {'a floating' if floats else 'an integer'} type."
+            )
+
+
+def as_index(index: torch.Tensor | None) -> LongTensor | None:
+    """Released packs give indexes, bool masks or an empty float tensor; `None` = nothing there."""
+    if index is None or index.numel() == 0:
+        return None
+    index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
+    return index if index.numel() else None
+
+
+def around(index: LongTensor) -> LongTensor:
+    """Some tokens of a pack and those after them, in order: token k predicts what stands at k + 1 there."""
+    return torch.cat([index, index + 1]).unique()
+
+
 def count_positions(advance: LongTensor) -> LongTensor:
     """Positions from steps: the first step is position 0; so is everything before it."""
     return (advance.cumsum(1) - 1).clamp(min=0)

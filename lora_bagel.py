@@ -14,7 +14,7 @@ returns a regular expression of whole names; it works without PEFT installed, ev
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -398,14 +398,27 @@ class BagelAdapterMixin(_Model):
             )
             weights = Path(folder, ADAPTER_WEIGHTS) if adapter_state_dict is None else adapter_state_dict
             found = self._load_saved_modules(adapter_name or "default", weights)
-            switched_off = _switched_off(self)
-            lost = sorted(name for name in info.unexpected_keys - found if not switched_off.search(name))
+            lost = self._lost(info.unexpected_keys - found)
+            if lost:  # transformers does not know every name that PEFT stores, such as those of DoRA
+                lost = self._lost(self._load_as_peft_does(adapter_name or "default", weights))
             if lost:
                 raise RuntimeError(
                     f"{len(lost)} tensors of the adapter were not loaded: {some(lost, 2)}. They fit the model, so PEFT "
                     f"{_peft().__version__} names them differently from what transformers expects: install peft>=0.20."
                 )
         return info
+
+    def _lost(self, unexpected: Iterable[str]) -> list[str]:
+        """Tensors that found no parameter, without those of parts that the model is built without."""
+        switched_off = _switched_off(self)
+        return sorted(name for name in unexpected if not switched_off.search(name))
+
+    def _load_as_peft_does(self, adapter_name: str, stored: Mapping[str, torch.Tensor] | Path) -> set[str]:
+        """Load an adapter again by PEFT's own names; -> names of the tensors that it did not take."""
+        tensors = load_file(stored) if isinstance(stored, Path) else stored
+        bare = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+        loaded = _peft().utils.save_and_load.set_peft_model_state_dict(self, bare, adapter_name)
+        return set(loaded.unexpected_keys)
 
     def _load_saved_modules(self, adapter_name: str, stored: Mapping[str, torch.Tensor] | Path) -> set[str]:
         """The copies of `modules_to_save`, which transformers 5.17 does not find; -> names of the tensors taken."""
@@ -485,6 +498,21 @@ class BagelAdapterMixin(_Model):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def refuse_prompt_learning(model: nn.Module) -> None:
+    """
+    Drawing reads prompts by itself, without the virtual tokens that PEFT puts before them.
+
+    Raises:
+        ValueError: `model` is called by a `PeftModel` with prompt, prefix or p-tuning.
+    """
+    caller = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)  # `PeftModel.generate` sets it
+    if getattr(getattr(caller, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(caller.active_peft_config).__name__} puts virtual tokens before a text, and only texts are written "
+            "under them. To draw, use an adapter of layers, such as LoRA."
+        )
+
+
 def _unwrap(model: nn.Module) -> None:
     """Replace wrappers without any adapter by the layers that they wrap."""
     peft = _peft()
@@ -514,4 +542,4 @@ def _peft() -> ModuleType:
     return peft
 
 
-__all__ = ["BagelAdapterMixin", "check_adapter", "check_adapter_tensors", "lora_targets"]
+__all__ = ["BagelAdapterMixin", "check_adapter", "check_adapter_tensors", "lora_targets", "refuse_prompt_learning"]

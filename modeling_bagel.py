@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from transformers.utils import ModelOutput, can_return_tuple, logging
 from typing_extensions import Unpack
 
-from .attention_bagel import prepare_attention
+from .attention_bagel import AttentionSpec, kernel_kwargs, prepare_attention
 from .checkpoint_bagel import (
     check_checkpoint,
     ids_outside,
@@ -33,7 +33,7 @@ from .checkpoint_bagel import (
     switched_off_parts,
 )
 from .configuration_bagel import BagelConfig, _prepare_config_for_stage, _stage_to_int  # noqa: F401
-from .decoder_bagel import BagelLanguageModel, BagelPreTrainedModel, BagelTextModel, VelocityHead, check_positions
+from .decoder_bagel import BagelLanguageModel, BagelPreTrainedModel, BagelTextModel, VelocityHead, warn_of_positions
 from .embeddings_bagel import BagelGridPositionEmbedding, BagelTimestepEmbedding, vit_position_ids
 from .flow_bagel import BagelLatentMixin, build_vae
 from .generation_bagel import BagelGenerationMixin, DrawingContext
@@ -46,10 +46,9 @@ from .inputs_bagel import (
     Targets,
     VitTokens,
     check_patches,
-    check_tensors,
 )
-from .layout_bagel import LongTensor
-from .lora_bagel import BagelAdapterMixin
+from .layout_bagel import LongTensor, around, check_tensors
+from .lora_bagel import BagelAdapterMixin, refuse_prompt_learning
 from .modeling_siglip_navit import SiglipVisionModel
 
 
@@ -67,7 +66,8 @@ class BagelOutput(ModelOutput):
     Args:
         loss: scalar. Padded batches: language-model loss of `labels`. Packs:
             `ce_weight * mean(ce) + mse_weight * mean(mse)`.
-        logits: (batch, kept length, vocab_size); padded batches only.
+        logits: (batch, kept length, vocab_size). Packs: only with `labels` and without gradients, at the tokens that
+            predict a text label and those after them, (1, tokens, vocab_size).
         ce: (text labels,) cross-entropy per token; packs only.
         mse: (learned latent tokens, patch_latent_dim) squared velocity error per element; packs only.
         last_hidden_state: (batch, length, hidden_size) after the final norm; (length, hidden_size) for packs.
@@ -127,6 +127,9 @@ class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
             self.vit_pos_embed = BagelGridPositionEmbedding(config.vit_max_num_patch_per_side, text.hidden_size)
         self._keys_to_ignore_on_load_unexpected = switched_off_parts(config, self.has_heads)
         self.post_init()
+        # its own blocks; diffusers names some that this autoencoder has not, and wrapping policies look for each
+        parts = {"SiglipEncoderLayer": config.visual_und, "AutoencoderKL": config.visual_gen}
+        self._no_split_modules = {"BagelDecoderLayer", *(name for name, present in parts.items() if present)}
         self.freeze_vae()
 
     @classmethod
@@ -191,10 +194,15 @@ class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
         return self.language_model.model
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
-        """The vision tower for "image"; otherwise the model itself, as in transformers."""
-        if modality == "image" and self.config.visual_und:
-            return self.vit_model
-        return super().get_encoder(modality)
+        """
+        The vision tower for "image"; otherwise the model itself, as in transformers.
+
+        Raises:
+            ValueError: an unknown modality.
+        """
+        if modality not in (None, "image", "video", "audio"):
+            raise ValueError(f'modality={modality!r} is unknown; it is "image", "video", "audio" or None.')
+        return self.vit_model if modality == "image" and self.config.visual_und else self
 
     @can_return_tuple
     def get_image_features(
@@ -252,7 +260,11 @@ class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         batch = PaddedBatch(input_ids, attention_mask, position_ids, past_length, inputs_embeds, images)
         inputs = self.prepare_inputs(batch, options)
-        return self.run(inputs, past_key_values, use_cache, options)
+        output = self.run(inputs, past_key_values, use_cache, options)
+        if hasattr(self, "llm2vae") and torch.is_grad_enabled():  # the base of a whole model, see `base_model`
+            hidden_states = cast(torch.Tensor, output.last_hidden_state)
+            output.last_hidden_state = hidden_states + self.llm2vae(hidden_states[:0]).sum()  # type: ignore
+        return output
 
     # ---- one run: inputs -> embed -> decode
 
@@ -278,11 +290,12 @@ class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
             latent_pixel_values=batch.images.latent_pixel_values,
         )
         posterior = {"sample_posterior": bool(options.get("sample_posterior")), "generator": generator}
-        batch = batch._replace(images=batch.images._replace(**posterior), prompt=options.get("prompt"))
+        paged, prompt = "cache" in options, options.get("prompt")
+        batch = batch._replace(images=batch.images._replace(**posterior), prompt=prompt, paged=paged)
         if batch.inputs_embeds is not None and not batch.images.empty:
             batch = batch._replace(input_ids=self._ids_of(batch.inputs_embeds))
         inputs = Inputs.from_padded(self.config, self.encode_images, batch)
-        if len(options.get("cu_seq_lens_q", ())) > 2 and inputs.layout.causal:
+        if len(options.get("cu_seq_lens_q", ())) > 2 and inputs.layout.causal and not paged:
             raise ValueError(
                 f"cu_seq_lens_q={options['cu_seq_lens_q'].tolist()} names several samples, position_ids only one: pass "
                 "position_ids that start again from 0 with every sample (DataCollatorWithFlattening makes them)."
@@ -297,22 +310,31 @@ class BagelModel(BagelLatentMixin, BagelPreTrainedModel):
             use_cache = self.config.text_config.use_cache
         if use_cache and past_key_values is None and inputs.targets is None:
             past_key_values = DynamicCache(config=self.config.text_config)
+        if past_key_values is not None and any(past_key_values.is_sliding):
+            raise ValueError(
+                f"{type(past_key_values).__name__} keeps a sliding window of the context, and BAGEL attends to all of "
+                "it: make the cache with config=model.config."
+            )
         recording = {
             name: getattr(self.config, name) if options.get(name) is None else options[name]
             for name in ("output_attentions", "output_hidden_states")
         }
         if inputs.layout.length > 1 and not torch.compiler.is_compiling():
-            check_positions(self.config, inputs.layout)
+            warn_of_positions(self.config, inputs.layout)
         embeds = self.embed(inputs)
-        attention = prepare_attention(
-            self.config.text_config,
-            inputs.layout,
-            embeds,
-            inputs.attention_mask,
-            past_key_values,
-            recording["output_attentions"],
-        )
-        return self.language_model.model(embeds, inputs.layout, attention, past_key_values, **recording)
+        if "cache" in options:
+            attention = AttentionSpec(inputs.attention_mask, options["is_causal"])
+        else:
+            attention = prepare_attention(
+                self.config.text_config,
+                inputs.layout,
+                embeds,
+                inputs.attention_mask,
+                past_key_values,
+                recording["output_attentions"],
+            )
+        for_kernel = kernel_kwargs(options, inputs.layout)
+        return self.language_model.model(embeds, inputs.layout, attention, past_key_values, **recording, **for_kernel)
 
     def embed(self, inputs: Inputs) -> torch.Tensor:
         """
@@ -391,6 +413,20 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
     def __init__(self, config: BagelConfig):
         super().__init__(config)
         self.loss_type = "ForCausalLM"
+
+    @property
+    def base_model(self) -> BagelModel:
+        """
+        The same modules without the heads: its `forward` returns hidden states and computes no logits.
+
+        A new view every time, with this model's parts of that moment; with gradients on, the velocity head takes part
+        with a zero gradient, as in this model's own losses.
+        """
+        base = BagelModel.__new__(BagelModel)
+        own = {name: value for name, value in vars(self).items() if name not in ("forward", "_old_forward", "_hf_hook")}
+        hooks = {name: value for name, value in vars(nn.Module()).items() if "hook" in name}  # those of the root
+        base.__dict__.update(own | hooks)
+        return base
 
     @classmethod
     def from_backbones(cls, *parts, **options) -> "BagelForUnifiedMultimodal":
@@ -478,8 +514,9 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
             latent_pixel_values: (VAE images, 3, H, W) in [-1, 1], zero-padded to the largest. latent_image_sizes:
                 (VAE images, 2) height and width in pixels; each image is encoded at its own size.
             kwargs: of [`~inputs_bagel.BagelKwargs`]. `num_items_in_batch`: labels to divide by, if not those of this
-                batch; for a pack (2,), the labels (or the sum of their weights) and the learned latent tokens of the
-                whole optimizer step.
+                batch. For a pack (2,), the labels (or the sum of their weights) and the learned latent tokens of the
+                whole optimizer step; or their sum, as the stock `Trainer` counts it: the means of a pack then count as
+                much as it has learned tokens.
 
         Returns:
             [`BagelOutput`].
@@ -500,6 +537,7 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
             loss, ce, mse = self._learn(inputs.targets, hidden_states[0], options.get("num_items_in_batch"))
             return BagelOutput(
                 loss=loss,
+                logits=self._evaluated_logits(inputs.targets, hidden_states, labels),
                 ce=ce,
                 mse=mse,
                 last_hidden_state=hidden_states[0],
@@ -527,7 +565,11 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
 
         Returns:
             Velocity, like `x_t`; zero at padding.
+
+        Raises:
+            ValueError: under an adapter of PEFT's prompt learning.
         """
+        refuse_prompt_learning(self)
         inputs = Inputs.to_draw(self.config, context.layout, x_t, t, context.position_ids)
         decoder, embeds = self.language_model.model, self.embed(inputs)
         output = decoder(embeds, context.layout, context.attention, context.cache, context.routing)
@@ -572,12 +614,20 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
         hidden_states: torch.Tensor,
     ) -> torch.Tensor | None:
         """The weighted means; with `num_items` this pack's share of those of the whole step."""
-        if num_items is not None and (not torch.is_tensor(num_items) or num_items.shape != (2,)):
-            raise ValueError(
-                f"num_items_in_batch={num_items} of a pack must be a tensor of two counts: the text labels and the "
-                "learned latent tokens of the optimizer step."
-            )
-        num_labels, num_latents = (None, None) if num_items is None else num_items
+        share, counts = 1.0, (None, None)
+        if num_items is not None:
+            num_items = torch.as_tensor(num_items)
+            if num_items.numel() not in (1, 2):
+                raise ValueError(
+                    f"num_items_in_batch={num_items} of a pack must be two counts, the text labels and the learned "
+                    "latent tokens of the optimizer step, or their sum."
+                )
+            if num_items.numel() == 2:
+                counts = num_items
+            else:
+                learned = sum(0 if errors is None else len(errors) for errors in (ce, mse))
+                share = learned / num_items.to(hidden_states.device)
+        num_labels, num_latents = counts
         losses = []
         if ce is not None:
             weights = targets.label_weights if self.config.ce_loss_reweighting else None
@@ -591,7 +641,22 @@ class BagelForUnifiedMultimodal(BagelAdapterMixin, BagelModel, BagelGenerationMi
             losses.append(self.config.mse_weight * per_token.sum() / (len(mse) if num_latents is None else num_latents))
         if losses and mse is None:
             losses.append(self._no_velocity(hidden_states))
-        return sum(losses[1:], losses[0]) if losses else None
+        return sum(losses[1:], losses[0]) * share if losses else None
+
+    def _evaluated_logits(
+        self, targets: Targets, hidden_states: torch.Tensor, labels: LongTensor | None
+    ) -> torch.Tensor | None:
+        """Of a pack, where `labels` of [`~packing_bagel.with_labels`] are; for metrics, so without gradients only."""
+        if labels is None or torch.is_grad_enabled():
+            return None
+        index = targets.label_index
+        if index is None:
+            kept = hidden_states[:, :0]
+        else:  # after the last token of a pack none is left, and its logits predict nothing
+            kept = hidden_states[:, around(index).clamp(max=hidden_states.shape[1] - 1)]
+        if kept.shape[1] != labels.shape[-1]:
+            raise ValueError(f"labels of a pack hold {labels.shape[-1]} tokens, its ce_loss_indexes {kept.shape[1]}.")
+        return self.language_model.lm_head(kept)
 
     def _no_velocity(self, hidden_states: torch.Tensor) -> torch.Tensor | float:
         """Zero, through the velocity head: a batch without latents still gives its parameters a (zero) gradient."""

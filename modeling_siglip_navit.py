@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bagel import BagelVisionConfig as SiglipVisionConfig
 from .embeddings_bagel import (
@@ -191,11 +192,10 @@ class SiglipEncoderLayer(GradientCheckpointingLayer):
         lengths: list[int],
         max_seqlen: int,
         rotary: tuple[torch.Tensor, ...] | None,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-        normed = self.layer_norm1(hidden_states)
-        attended, weights = self.self_attn(normed, cu_seqlens, lengths, max_seqlen, rotary)
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(self.layer_norm1(hidden_states), cu_seqlens, lengths, max_seqlen, rotary)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
 class SiglipEncoder(nn.Module):
@@ -237,8 +237,6 @@ class SiglipVisionTransformer(nn.Module):
         packed_flattened_position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
         max_seqlen: int | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
     ) -> BaseModelOutput:
         lengths = cu_seqlens.diff().tolist()
         if sum(lengths) != packed_pixel_values.shape[0]:
@@ -248,22 +246,15 @@ class SiglipVisionTransformer(nn.Module):
             )
         hidden_states = self.embeddings(packed_pixel_values, packed_flattened_position_ids)
         rotary = self._rotary(packed_flattened_position_ids)
-        states, attentions = [hidden_states], []
         for layer in self.encoder.layers:
-            hidden_states, weights = layer(
+            hidden_states = layer(
                 hidden_states,
                 cu_seqlens=cu_seqlens.to(torch.int32),
                 lengths=lengths,
                 max_seqlen=max_seqlen or max(lengths, default=0),
                 rotary=rotary,
             )
-            states.append(hidden_states)
-            attentions.append(weights)
-        return BaseModelOutput(
-            last_hidden_state=self.post_layernorm(hidden_states),
-            hidden_states=tuple(states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-        )
+        return BaseModelOutput(last_hidden_state=self.post_layernorm(hidden_states))
 
 
 class SiglipPreTrainedModel(PreTrainedModel):
@@ -300,6 +291,8 @@ class SiglipVisionModel(SiglipPreTrainedModel):
             `BagelConfig.num_vit_layers`.
     """
 
+    _can_record_outputs = {"hidden_states": SiglipEncoderLayer, "attentions": SiglipFlashAttention2}
+
     def __init__(self, config: SiglipVisionConfig, num_hidden_layers: int | None = None):
         super().__init__(config)
         self.vision_model = SiglipVisionTransformer(config, num_hidden_layers or config.num_hidden_layers)
@@ -308,14 +301,15 @@ class SiglipVisionModel(SiglipPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.embeddings.patch_embedding
 
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         packed_pixel_values: torch.Tensor,
         packed_flattened_position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
         max_seqlen: int | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutput:
         """
         Args:
@@ -324,6 +318,7 @@ class SiglipVisionModel(SiglipPreTrainedModel):
                 column within the table, which is read between its entries.
             cu_seqlens: (images + 1,) where each image begins, and the end.
             max_seqlen: patches of the largest image.
+            output_hidden_states, output_attentions: recorded by transformers' hooks; the config's by default.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` (patches, hidden_size) after the final norm; `attentions` hold,
@@ -332,14 +327,7 @@ class SiglipVisionModel(SiglipPreTrainedModel):
         Raises:
             ValueError: `cu_seqlens` counts other patches than there are.
         """
-        return self.vision_model(
-            packed_pixel_values,
-            packed_flattened_position_ids,
-            cu_seqlens,
-            max_seqlen,
-            output_hidden_states,
-            output_attentions,
-        )
+        return self.vision_model(packed_pixel_values, packed_flattened_position_ids, cu_seqlens, max_seqlen)
 
 
 def convert_conv2d_to_linear(

@@ -29,7 +29,7 @@ import torch
 
 from .embeddings_bagel import grid_position_ids
 from .image_processing_bagel import patchify
-from .layout_bagel import BoolTensor, LongTensor, PackedLayout, grid_block_positions
+from .layout_bagel import BoolTensor, LongTensor, PackedLayout, around, grid_block_positions
 
 
 ITEM_TYPES = ("text", "vit_image", "vae_image")
@@ -616,9 +616,30 @@ def _mask(positions: LongTensor, splits: list[tuple[int, str]]) -> BoolTensor:
 # Collating
 
 
+def with_labels(pack: dict[str, Any]) -> dict[str, Any]:
+    """
+    A pack with what the stock `Trainer` looks for where something is learned: `labels`, and `shift_labels`, to count.
+
+    `labels` (1, n) hold the tokens that predict a text label and those after them, where the labels stand; -100
+    elsewhere. The model's `logits` of a pack are at the same tokens, so that `logits[:, :-1]` predict `labels[:, 1:]`,
+    as for any language model. `shift_labels` (1, learned tokens) are the text labels, and 0 per learned latent. A pack
+    that learns nothing, or has labels, stays as it is.
+    """
+    none = torch.empty(0, dtype=torch.long)
+    index, text = pack.get("ce_loss_indexes", none), pack.get("packed_label_ids", none)
+    learned = torch.cat([text, torch.zeros_like(pack.get("mse_loss_indexes", none))])
+    if not len(learned) or "labels" in pack:
+        return pack
+    tokens = around(index)
+    labels = torch.full_like(tokens, -100)
+    labels[torch.searchsorted(tokens, index + 1)] = text
+    return {**pack, "labels": labels[None], "shift_labels": learned[None]}
+
+
 class PackCollator:
     """
-    `collate_fn` of a loader: a list of samples becomes one pack; a single finished pack stays what it is.
+    `collate_fn` of a loader: a list of samples becomes one pack; a single finished pack stays what it is. Both get
+    labels, see [`with_labels`].
 
     Args:
         config: the facts of the model that packing needs.
@@ -635,14 +656,14 @@ class PackCollator:
         if packs:
             if len(samples) > 1:
                 raise ValueError(f"{len(samples)} packs in one batch: a pack is a batch, so load with batch_size=1.")
-            return dict(packs[0])
+            return with_labels(dict(packs[0]))
         rng = self.rng or rng_of_torch()
         ready = [
             one if isinstance(one, RandomizedSample) else randomize(one, self.config, rng)
             for one in samples
             if not isinstance(one, Mapping)  # packs, of which there are none here
         ]
-        return pack(ready, self.config, **self.options)
+        return with_labels(pack(ready, self.config, **self.options))
 
 
 def rng_of_torch() -> np.random.Generator:

@@ -122,12 +122,6 @@ def test_empty_prompt(model, processor):
         refused(lambda text=text: processor(text=text), "empty")
 
 
-def test_prompt_longer_than_the_positions(model):
-    limit = model.config.text_config.max_position_embeddings
-    ids = torch.full((1, limit + 1), 65)
-    refused(lambda: model(input_ids=ids), f"position {limit}", "max_position_embeddings", "Shorten")
-
-
 def test_ids_as_floats_and_pixels_as_integers(model, edit):
     refused(lambda: model(**{**edit, "input_ids": edit["input_ids"].float()}), "input_ids", "float32", "integer")
     refused(lambda: model(**{**edit, "pixel_values": edit["pixel_values"].int()}), "pixel_values", "int32", "floating")

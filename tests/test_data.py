@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from bagel.conversations_bagel import ConversationPlanner, picture_size
 from bagel.image_processing_bagel import BagelImageProcessor
-from bagel.packing_bagel import PackCollator, PackingConfig, SamplePlan, pack, pack_samples, randomize
+from bagel.packing_bagel import PackCollator, PackingConfig, SamplePlan, pack, pack_samples, randomize, with_labels
 from bagel.processing_bagel import BagelProcessor
 from bagel.shapes.tokenizer import build_tiny_tokenizer
 from bagel.training.packed import Budget, PackedDataset
@@ -1008,9 +1008,9 @@ def test_a_processor_packs_what_planning_randomizing_and_packing_give():
         outline = planner.outline(row)
         loaded = planner.load(outline, randomize(outline.plan, CONFIG, keep_all))  # CONFIG drops nothing
         plans.append(SamplePlan(tuple(kept.item for kept in loaded.items)))
-    expected = pack_samples(plans, config, np.random.default_rng(7))
+    expected = with_labels(pack_samples(plans, config, np.random.default_rng(7)))
     assert same(PROCESSOR.pack(rows, rng=np.random.default_rng(7), **facts), expected)
-    without_dropout = pack_samples(plans, CONFIG, np.random.default_rng(7))
+    without_dropout = with_labels(pack_samples(plans, CONFIG, np.random.default_rng(7)))
     assert same(PROCESSOR.pack(rows, rng=np.random.default_rng(7)), without_dropout)
     assert not same(without_dropout, expected)
 

@@ -551,7 +551,11 @@ def test_load_that_leaves_tensors_out_is_refused(stored, monkeypatch):
         info.unexpected_keys = {"base_model.model.a.lora_A.weight", "base_model.model.b_moe_gen.c.lora_A.weight"}
         return info
 
+    def deaf(*args, **kwargs):
+        return SimpleNamespace(unexpected_keys=["a.lora_A.weight", "b_moe_gen.c.lora_A.weight"])
+
     monkeypatch.setattr(PeftAdapterMixin, "load_adapter", lossy)
+    monkeypatch.setattr(peft.utils.save_and_load, "set_peft_model_state_dict", deaf)
     for overrides, lost in (({}, 2), ({"stage": 1}, 1)):  # in stage 1 the generation expert may be absent
         model = fresh_tiny_model(**overrides)
         before = state(model)
@@ -764,3 +768,104 @@ def test_four_bit_model_is_saved_loaded_and_adapted(four_bit, tiny_directory, tm
     with pytest.raises(ValueError, match=r"lora_A\.weight is \(4, 64\)|does not fit"):
         adapted(fresh_tiny_model()).save_pretrained(tmp_path / "other")
         loaded.load_adapter(tmp_path / "other", "bad")
+
+
+# ---- other methods of PEFT
+
+TEXTS = {"input_ids": torch.tensor([[1, 50, 51, 2], [1, 60, 61, 2]]), "attention_mask": torch.ones(2, 4).long()}
+DRAW = {"generation_mode": "image", "num_timesteps": 3, "progress_bar": False, "output_type": "latent"}
+
+
+def of_every_layer(method, **options):
+    return method(target_modules=lora_targets(tiny_config()), **options)
+
+
+METHODS = {
+    "DoRA": lambda: of_every_layer(peft.LoraConfig, r=4, use_dora=True),
+    "IA3": lambda: of_every_layer(peft.IA3Config, feedforward_modules=r".*down_proj"),
+    "LoHa": lambda: of_every_layer(peft.LoHaConfig, r=2),
+    "LoKr": lambda: of_every_layer(peft.LoKrConfig, r=2),
+    "OFT": lambda: of_every_layer(peft.OFTConfig, r=0, oft_block_size=4),
+    "norms": lambda: peft.LNTuningConfig(target_modules=r".*layernorm.*"),
+}
+PROMPT_LEARNING = {
+    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+def trained(config):
+    """A `PeftModel` whose adapter is far from neutral."""
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(fresh_tiny_model(), config).eval()
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.rand_like(parameter))
+    return tuned
+
+
+@torch.no_grad()
+def written_and_drawn(model) -> dict[str, torch.Tensor]:
+    edit = padded_batch([[("vae", 2, 2), ("vit", 2, 3), ("text", 4)], [("text", 3)]], 0)
+    noise = [torch.Generator().manual_seed(0) for _ in range(2)]
+    drawn = model.eval().generate(**edit, **DRAW, generator=noise)
+    written = model.generate(**TEXTS, max_new_tokens=3, do_sample=False)
+    return {"logits": model(**edit).logits, "written": written, "drawn": torch.cat([x.flatten() for x in drawn])}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_layers_is_the_same_whichever_way_it_is_loaded(method, tmp_path):
+    tuned = trained(METHODS[method]())
+    tuned.save_pretrained(tmp_path)
+    native = fresh_tiny_model()
+    native.load_adapter(tmp_path)
+    expected, plain = written_and_drawn(tuned), written_and_drawn(fresh_tiny_model())
+    for loaded in (native, peft.PeftModel.from_pretrained(fresh_tiny_model(), tmp_path)):
+        says = written_and_drawn(loaded)
+        for name, value in expected.items():
+            torch.testing.assert_close(says[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    assert not any(torch.allclose(expected[name], plain[name], atol=1e-3) for name in ("logits", "drawn"))
+
+
+@pytest.mark.parametrize("method", PROMPT_LEARNING)
+def test_prompt_learning_changes_texts_and_is_refused_while_drawing(method, tmp_path):
+    tuned = trained(PROMPT_LEARNING[method]())
+    tuned.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(fresh_tiny_model(), tmp_path).eval()
+    with torch.no_grad():
+        expected = tuned(**TEXTS).logits
+        torch.testing.assert_close(again(**TEXTS).logits, expected)
+        assert not torch.allclose(fresh_tiny_model()(**TEXTS).logits[:, -1], expected[:, -1], atol=1e-3)
+    with pytest.raises(ValueError, match=r"virtual tokens .* To draw, use"):
+        tuned.generate(**TEXTS, **DRAW)
+    assert tuned.generate(**TEXTS, max_new_tokens=2).shape[1] >= 5
+
+
+def test_virtual_tokens_come_before_images_too():
+    tuned = trained(PROMPT_LEARNING["prompt tuning"]())
+    read = padded_batch([[("vit", 2, 3), ("text", 4)]], 0)
+    embeds = tuned.get_input_embeddings()(read["input_ids"])
+    whole = torch.cat([tuned.get_prompt(1), embeds], dim=1)
+    mask = torch.ones(whole.shape[:2]).long()
+    pixels = {name: read[name] for name in ("pixel_values", "image_grid_hw")}
+    with torch.no_grad():
+        expected = tuned.base_model(inputs_embeds=whole, attention_mask=mask, **pixels).logits
+        torch.testing.assert_close(tuned(**read).logits, expected)
+
+
+def test_each_row_of_a_batch_may_have_its_own_adapter():
+    model = fresh_tiny_model()
+    tuned = peft.get_peft_model(model, lora(model), adapter_name="one").eval()
+    tuned.add_adapter("two", lora(model))
+    alone = []
+    with torch.no_grad():
+        for row, name in enumerate(("one", "two")):
+            tuned.set_adapter(name)
+            alone.append(tuned(input_ids=TEXTS["input_ids"][row : row + 1]).logits)
+        names = {"adapter_names": ["one", "two"]}
+        together = tuned(input_ids=TEXTS["input_ids"], **names).logits
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="adapter_names"):
+        tuned.generate(**TEXTS, **DRAW, **names)

@@ -717,4 +717,4 @@ def test_weights_of_labels_are_counted_in_the_config_too():
     expected = (output.ce * pack["ce_loss_weights"]).sum() / pack["ce_loss_weights"].sum()
     torch.testing.assert_close(output.loss, expected)
     with pytest.raises(ValueError, match="two counts"):
-        weighted(**pack, num_items_in_batch=torch.tensor(3))
+        weighted(**pack, num_items_in_batch=torch.tensor([1, 2, 3]))

@@ -18,7 +18,7 @@ import torch
 from transformers.utils import logging
 
 from ..conversations_bagel import Outline
-from ..packing_bagel import RandomizedSample, pack, randomize
+from ..packing_bagel import RandomizedSample, pack, randomize, with_labels
 from .mixture import SAMPLE, Mixture, Row, seeded_rng
 from .sources import DataSource
 
@@ -417,7 +417,7 @@ class PackedDataset(torch.utils.data.IterableDataset):
         return samples, broken
 
     def _pack(self, samples: list[RandomizedSample], skipped: list[Skipped]) -> dict[str, Any]:
-        made = pack(samples, self.config, **self.pack_options)
+        made = with_labels(pack(samples, self.config, **self.pack_options))
         if self.report:
             names = [sample.name for sample in samples]
             made["report"] = {"sample_ids": names, "skipped": [list(one) for one in skipped]}
