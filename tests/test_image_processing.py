@@ -14,9 +14,11 @@ import pytest
 import torch
 from parity_data import EMBEDDED, read_arrays, read_json
 from PIL import Image
+from transformers.image_utils import ChannelDimension
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # older top levels ask for torchvision
 
 from bagel.image_processing_bagel import (
+    REFUSED,
     BagelImageProcessor,
     image_to_tensor,
     load_image,
@@ -256,6 +258,93 @@ def test_gray_and_alpha_arrays_are_pictures_too():
     assert same(load_image(rgba), rgb_on_white(Image.fromarray(rgba)))
 
 
+def test_open_files_and_file_urls_are_pictures_too(tmp_path):
+    image = picture()
+    path = tmp_path / "a picture.png"
+    image.save(path)
+    file = BytesIO(path.read_bytes())
+    file.read()
+    with path.open("rb") as opened:
+        for source in (file, opened, bytearray(path.read_bytes()), path.as_uri(), f"file://localhost{path}"):
+            assert same(load_image(source), image)
+    assert "%20" in path.as_uri()
+    with pytest.raises(FileNotFoundError, match="no such picture file: file:///nowhere"):
+        load_image("file:///nowhere/cat.png")
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    gray = np.arange(256, dtype=np.uint16).reshape(8, 32)
+    wide, expected = gray * 257, load_image(gray.astype(np.uint8))
+    for name in ("gray.png", "gray.tiff", "gray.pgm"):
+        Image.fromarray(wide).save(tmp_path / name)
+        assert same(load_image(tmp_path / name), expected), name
+    swapped = Image.frombytes("I;16B", (32, 8), wide.astype(">u2").tobytes())
+    for source in (wide, wide.astype(">u2"), torch.from_numpy(wide), wide[..., None], Image.fromarray(wide), swapped):
+        assert same(load_image(source), expected)
+    between = np.array([[128, 129, 65407, 65535]], dtype=np.uint16)
+    assert np.asarray(load_image(between))[0, :, 0].tolist() == [0, 1, 255, 255]
+    marked = Image.fromarray(wide)
+    marked.info["transparency"] = 257 * 7
+    assert load_image(marked).getpixel((7, 0)) == (255, 255, 255)
+
+
+def test_numbers_of_any_type_are_pixels_if_they_are_in_range(tmp_path):
+    pixels = np.asarray(picture())
+    for dtype in (np.int8, np.int16, np.int32, np.int64, np.uint32, np.uint64):
+        assert same(load_image((pixels // 2).astype(dtype)), load_image(pixels // 2)), dtype
+    for dtype in (np.float16, np.float32, np.float64):
+        assert same(load_image((pixels / 255).astype(dtype)), load_image(pixels)), dtype
+    assert same(load_image(torch.from_numpy(pixels // 2).long()), load_image(pixels // 2))
+    assert same(load_image(pixels > 127), load_image((pixels > 127).astype(np.uint8) * 255))
+    Image.fromarray((pixels[..., 0] / 255).astype(np.float32)).save(tmp_path / "gray.tiff")
+    assert same(load_image(tmp_path / "gray.tiff"), load_image(pixels[..., 0]))
+    for size in ((1, 1, 3), (3, 3), (1, 7, 3), (4, 4, 4)):
+        assert load_image(np.zeros(size, np.uint8)).size == size[1::-1]
+    Image.fromarray(pixels[..., 0].astype(np.float32)).save(tmp_path / "white.tiff")
+    with pytest.raises(ValueError, match=r"white\.tiff has values of float32, which are in \[0, 1\], but spans"):
+        load_image(tmp_path / "white.tiff")
+    with pytest.raises(ValueError, match="integers, floats or bool, not complex64"):
+        load_image(pixels.astype(np.complex64))
+
+
+def test_the_layout_of_an_array_can_be_told():
+    array = np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8)
+    assert load_image(array, input_data_format="channels_first").size == (3, 5)
+    assert load_image(torch.from_numpy(array), input_data_format="channels_last").size == (5, 3)
+    settings = {**TINY, "do_normalize": False}
+    turned = BagelImageProcessor(**settings)(array, input_data_format="channels_first")
+    expected = BagelImageProcessor(**settings)(np.moveaxis(array, 0, -1))
+    assert torch.equal(turned["pixel_values"], expected["pixel_values"])
+    with pytest.raises(ValueError, match="channels_first or channels_last, not 'last'"):
+        load_image(array, input_data_format="last")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV"])
+def test_pictures_of_every_mode_are_rgb_pictures(mode):
+    colour = Image.new("RGB", (6, 4), (255, 255, 255))
+    first = {"La": "LA", "PA": "P", "RGBa": "RGBA"}.get(mode, mode)
+    loaded = load_image(
+        colour.convert("L").convert(first).convert(mode) if first == "P" else colour.convert(first).convert(mode)
+    )
+    assert loaded.mode == "RGB" and loaded.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_of_an_animation_the_first_frame_is_used_and_that_is_said_once(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("bagel.image_processing_bagel.logger.warning_once", said.append)
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "green", "blue")]
+    for name, options in (("a.gif", {}), ("a.png", {}), ("a.webp", {"lossless": True}), ("a.tiff", {})):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        assert same(load_image(tmp_path / name), frames[0]), name
+    assert len(said) == 4 and len(set(said)) == 1 and "only the first one" in said[0]
+    opened = Image.open(tmp_path / "a.gif")
+    opened.seek(2)
+    assert same(load_image(opened), frames[2])  # the caller went there
+    frames[0].save(tmp_path / "still.gif")
+    load_image(tmp_path / "still.gif")
+    assert len(said) == 4
+
+
 def test_orientation_from_the_camera_is_applied(tmp_path):
     image = picture(40, 20)
     exif = Image.Exif()
@@ -319,7 +408,7 @@ def test_the_limit_on_pixels_is_a_setting():
         (Image.new("RGB", (0, 5)), "0x5"),
         (np.full((4, 4, 3), 255.0), r"spans \[255.0, 255.0\]"),
         (torch.full((3, 4, 4), float("nan")), "spans"),
-        (np.zeros((4, 4, 3), np.int64), "not int64"),
+        (np.full((4, 4, 3), 300), r"int64, which are in \[0, 255\], but spans \[300, 300\]"),
         (np.zeros((5, 5, 2), np.uint8), r"not \(5, 5, 2\)"),
         (np.zeros((2, 3, 4, 4), np.uint8), r"not \(2, 3, 4, 4\)"),
     ],
@@ -382,6 +471,9 @@ def test_place_counts_are_known_without_the_picture():
         height, width = features["latent_image_sizes"][0].tolist()
         assert processor.get_number_of_latent_patches(size[1], size[0]) == height // 16 * (width // 16)
         assert processor.get_number_of_image_patches(size[1], size[0], edited=True) == len(features["pixel_values"])
+        settings = {"max_pixels": 100_000}
+        fewer = len(processor(Image.new("RGB", size), **settings)["pixel_values"])
+        assert processor.get_number_of_image_patches(size[1], size[0], settings) == fewer
         read = processor(Image.new("RGB", size))
         assert processor.get_number_of_image_patches(size[1], size[0]) == len(read["pixel_values"])
 
@@ -394,10 +486,78 @@ def test_wrong_calls_are_refused():
         processor(picture(), edited=[True, False])
     with pytest.raises(ValueError, match="neither read nor edited"):
         processor(picture(), read=False)
-    with pytest.raises(TypeError, match="do_resize"):
-        processor(picture(), do_resize=False)
-    with pytest.raises(ValueError, match='exactly "shortest_edge" and "longest_edge"'):
-        BagelImageProcessor(size={"height": 224, "width": 224})
+    with pytest.raises(TypeError, match="do_flip"):
+        processor(picture(), do_flip=False)
+    for size in ({"height": 224, "width": 224}, 224):
+        with pytest.raises(ValueError, match='exactly "shortest_edge" and "longest_edge"'):
+            BagelImageProcessor(size=size)
+    with pytest.raises(ValueError, match="image_mean is one number, or one per channel"):
+        processor(picture(), image_mean=[0.5] * 4)
+
+
+def test_the_settings_that_every_image_processor_has_act():
+    image, processor = picture(56, 42), BagelImageProcessor(**TINY, patch_size=14)
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    raw = processor(image, do_resize=False, do_rescale=False, do_normalize=False)["pixel_values"]
+    assert torch.equal(raw, patchify(pixels.float(), 14))
+    scaled = processor(image, do_resize=False, do_normalize=False)["pixel_values"]
+    assert torch.equal(scaled, raw / 255)
+    assert torch.equal(processor(image, do_resize=False)["pixel_values"], (scaled - 0.5) / 0.5)
+    twice = processor(image, do_resize=False, do_normalize=False, rescale_factor=2.0)["pixel_values"]
+    assert torch.equal(twice, raw * 2)
+    floats = processor(pixels / 255, do_resize=False, do_rescale=False, do_normalize=False)["pixel_values"]
+    assert torch.equal(floats, scaled)
+    one = processor(image, image_mean=0.1, image_std=2)["pixel_values"]
+    assert torch.equal(one, processor(image, image_mean=[0.1] * 3, image_std=[2] * 3)["pixel_values"])
+    with pytest.raises(ValueError, match="divisible by 14, this picture is 50x42"):
+        processor(picture(50, 42), do_resize=False)
+    with pytest.raises(ValueError, match="is RGBA, not RGB"):
+        processor(picture(mode="RGBA"), do_convert_rgb=False)
+    processor(image, do_convert_rgb=False)
+
+
+def test_settings_that_were_given_are_saved(tmp_path):
+    given = {
+        "do_resize": False,
+        "do_rescale": False,
+        "rescale_factor": 2.0,
+        "do_normalize": False,
+        "do_convert_rgb": False,
+    }
+    BagelImageProcessor(**given).save_pretrained(tmp_path)
+    loaded = BagelImageProcessor.from_pretrained(tmp_path)
+    assert {name: getattr(loaded, name) for name in given} == given
+    assert BagelImageProcessor.from_pretrained(tmp_path, do_resize=True).do_resize
+    assert BagelImageProcessor(do_resize=None).do_resize
+
+
+def test_settings_that_bagel_has_no_use_for_are_refused_by_name(tmp_path):
+    processor = BagelImageProcessor(**TINY)
+    asked = {
+        "do_center_crop": True,
+        "crop_size": {"height": 3, "width": 3},
+        "do_pad": True,
+        "pad_size": {"height": 3, "width": 3},
+        "default_to_square": True,
+        "data_format": "channels_last",
+        "device": "cuda",
+        "disable_grouping": True,
+        "image_seq_length": 3,
+        "min_pixels": 3,
+    }
+    assert asked.keys() == REFUSED.keys()
+    for name, value in asked.items():
+        with pytest.raises(ValueError, match=f"{name} cannot be set: .*:"):
+            processor(picture(), **{name: value})
+        with pytest.raises(ValueError, match=f"{name} cannot be set"):
+            BagelImageProcessor(**{name: value})
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="do_pad cannot be set"):
+        BagelImageProcessor.from_pretrained(tmp_path, do_pad=True)
+    nothing = dict.fromkeys(asked, None) | {"do_pad": False, "device": torch.device("cpu")}
+    nothing |= {"data_format": ChannelDimension.FIRST}
+    same_pixels = processor(picture(), **nothing)["pixel_values"]
+    assert torch.equal(same_pixels, processor(picture())["pixel_values"])
 
 
 def test_unknown_settings_are_said(monkeypatch):
