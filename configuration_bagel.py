@@ -110,7 +110,8 @@ class BagelTextConfig(Qwen2Config):
     if TYPE_CHECKING:
         rope_parameters: _Resolved[dict[str, Any]] = _Resolved()
         num_key_value_heads: _Resolved[int] = _Resolved()
-        base_model_tp_plan: dict[str, Any] | None = None
+        base_model_tp_plan: Any = None
+        base_model_pp_plan: Any = None
     else:
         num_key_value_heads: int | None = 4
 
@@ -460,9 +461,7 @@ def _rename_aliases(values: dict[str, Any]) -> None:
 
 def _refuse_two_values(alias: str, value: Any, name: str, other: Any) -> None:
     if other is not None and other != value:
-        raise ValueError(
-            f"{alias} and {name} are two names of one config, but hold different values; give one of them."
-        )
+        raise ValueError(f"{alias} and {name} are two names of one config, but hold different values; give one.")
 
 
 def _refuse_remainder(config: PreTrainedConfig, name: str, divisor: str) -> None:
@@ -691,7 +690,7 @@ def _tensor_parallel_plan(config: BagelTextConfig) -> dict[str, str]:
 
 
 def _without_model_type(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Released nested configs have the model type of their backbone (`qwen2`), which would replace ours."""
+    """Without the model type of a backbone (`qwen2`), which released nested configs have."""
     return {key: value for key, value in kwargs.items() if key != "model_type"}
 
 

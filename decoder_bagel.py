@@ -316,6 +316,7 @@ class BagelTextModel(BagelPreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
+        assert output.last_hidden_state is not None
         output.last_hidden_state = routing.restore(output.last_hidden_state)
         if output.hidden_states is not None:  # with selected layers, the others are None
             states = (state if state is None else routing.restore(state) for state in output.hidden_states)

@@ -626,7 +626,7 @@ def _edges(name: str, size: dict[str, int]) -> dict[str, int]:
 
 
 def _per_channel(name: str, value: float | list[float] | tuple[float, ...]) -> list[float]:
-    values = [value] * 3 if isinstance(value, int | float) else list(value)
+    values = [float(one) for one in ([value] * 3 if isinstance(value, int | float) else value)]
     if len(values) != 3:
         raise ValueError(f"{name} is one number, or one per channel (red, green, blue), not {values}")
     return values

@@ -506,9 +506,10 @@ def refuse_prompt_learning(model: nn.Module) -> None:
         ValueError: `model` is called by a `PeftModel` with prompt, prefix or p-tuning.
     """
     caller = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)  # `PeftModel.generate` sets it
-    if getattr(getattr(caller, "active_peft_config", None), "is_prompt_learning", False):
+    adapter = getattr(caller, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
         raise ValueError(
-            f"{type(caller.active_peft_config).__name__} puts virtual tokens before a text, and only texts are written "
+            f"{type(adapter).__name__} puts virtual tokens before a text, and only texts are written "
             "under them. To draw, use an adapter of layers, such as LoRA."
         )
 
