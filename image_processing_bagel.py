@@ -605,17 +605,18 @@ class BagelImageProcessor(BaseImageProcessor):
         return image_to_tensor(image, size, mean=mean, std=std, resample=self.resample, rescale_factor=factor)
 
 
-def without_refused(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords without those of `REFUSED`.
+def without_refused(keywords: Mapping[str, Any], refused: Mapping[str, str] = REFUSED) -> dict[str, Any]:
+    """The keywords without the refused ones.
 
     Raises:
         ValueError: one of them asks for something.
     """
-    for name in REFUSED.keys() & keywords.keys():
+    for name in refused.keys() & keywords.keys():
         value = getattr(keywords[name], "value", keywords[name])  # of an enum of transformers
-        if not (value is None or value is False or str(value) == ALREADY_SO.get(name)):
-            raise ValueError(f"{name} cannot be set: {REFUSED[name]}")
-    return {name: value for name, value in keywords.items() if name not in REFUSED}
+        is_off = value is None or (isinstance(value, bool | int) and not value)
+        if not (is_off or str(value) == ALREADY_SO.get(name)):
+            raise ValueError(f"{name} cannot be set: {refused[name]}")
+    return {name: value for name, value in keywords.items() if name not in refused}
 
 
 def _edges(name: str, size: dict[str, int]) -> dict[str, int]:

@@ -16,19 +16,19 @@ A prompt, with one `t` per text token, `l` per placeholder of a VAE latent and `
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorChatTemplateKwargs, ProcessorMixin
 from transformers.utils import cached_file
 
 from .configuration_bagel import BagelConfig
 from .conversations_bagel import ConversationCollator, conversation_items
-from .image_processing_bagel import flatten_images, unit_tensor_to_pil
+from .image_processing_bagel import REFUSED, SETTINGS, flatten_images, unit_tensor_to_pil, without_refused
 from .layout_bagel import LongTensor, Placeholders
 from .packing_bagel import MODEL_FACTS, PackingConfig, RandomSource
 
@@ -47,22 +47,20 @@ IMAGE_SYSTEM_PROMPT = (
 
 GENERATION_MODES = ("text", "image", "interleaved")
 
-TEXT_KWARGS = {
-    "add_special_tokens",
-    "max_length",
-    "pad_to_multiple_of",
-    "padding",
-    "padding_side",
-    "return_attention_mask",
-    "return_length",
-    "return_offsets_mapping",
-    "return_special_tokens_mask",
-    "return_tensors",
-    "return_text_replacement_offsets",
-    "sanitize_control_tokens",
-    "truncation",
-    "verbose",
+# Keywords that other processors have for text, and what to do instead. None and False ask for nothing.
+REFUSED_TEXT = {
+    "text_pair": "a prompt is one text: write both into it",
+    "text_target": "labels of a conversation come from collator()",
+    "text_pair_target": "labels of a conversation come from collator()",
+    "is_split_into_words": "a prompt is a string: join its words",
+    "return_token_type_ids": "the model has no token types; return_mm_token_type_ids marks images",
+    "return_overflowing_tokens": "a prompt is not cut into windows: raise max_length",
+    "stride": "a prompt is not cut into windows: raise max_length",
 }
+
+# What `apply_chat_template` of transformers takes itself.
+CHAT_KWARGS = {"processor_kwargs", "return_tensors", "sanitize_control_tokens"}
+CHAT_KWARGS |= ProcessorChatTemplateKwargs.__annotations__.keys() - {"reasoning_effort"}
 
 # transformers puts this before a special token of user text that `sanitize_control_tokens=True` makes plain text.
 PLAIN_TEXT_MARK = "\U000f0000"
@@ -94,6 +92,9 @@ class BagelProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = BagelProcessorKwargs
+    attributes: ClassVar[list[str]] = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
 
     # A text span is delimited by these two whatever the tokenizer calls its own bos and eos.
     bos_token = "<|im_start|>"
@@ -124,6 +125,7 @@ class BagelProcessor(ProcessorMixin):
         self.vision_end_token_id = _token_id(tokenizer, self.vision_end_token)
         self.image_token_id = _token_id(tokenizer, self.image_token)
         self.latent_token_id = _token_id(tokenizer, self.latent_token)
+        self.image_token_ids = [self.image_token_id, self.latent_token_id]
 
     @classmethod
     def from_pretrained(
@@ -157,10 +159,18 @@ class BagelProcessor(ProcessorMixin):
             processor._disagreement = processor.packing_config.differences(config, unchecked=_facts_given(kwargs))
         return loaded
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As in transformers; saving leaves no trace on the processor itself."""
+        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        vars(self).pop("auto_map", None)
+        return saved
+
     @property
     def model_input_names(self) -> list[str]:
+        """Of a prompt whose image is read. An image that is edited adds the `latent_*` of the image processor."""
         positions = ["position_ids"] if self.return_position_ids else []
-        return ["input_ids", "attention_mask", *positions, *self.image_processor.model_input_names]
+        names = [name for name in self.image_processor.model_input_names if not name.startswith("latent")]
+        return ["input_ids", "attention_mask", *positions, *names]
 
     # ----------------------------------------------------------------------------------------------------------------
     # Texts and images to tensors
@@ -180,34 +190,40 @@ class BagelProcessor(ProcessorMixin):
             text: a prompt or a batch of them. Without any, only the image tensors are returned.
             kwargs: of the tokenizer (`padding`, by default True and on the left, `max_length`, `truncation`,
                 `return_tensors`, by default "pt", ...) and of the image processor (its settings), flat or in
-                `text_kwargs` and `images_kwargs`.
+                `text_kwargs`, `images_kwargs` and `common_kwargs`. Those that say how videos and sounds are read have
+                nothing to act on, since there can be none.
 
         Returns:
             `input_ids` and `attention_mask` (texts, longest), and what `BagelImageProcessor.preprocess` returns; with
-            `return_position_ids` also `position_ids` (3, texts, longest).
+            `return_position_ids` also `position_ids` (3, texts, longest), with `return_mm_token_type_ids=True` also
+            `mm_token_type_ids` (texts, longest), 1 at the placeholders of images.
 
         Raises:
-            ValueError: the prompt is empty, images and placeholders do not match, or truncation would cut an image.
+            ValueError: the prompt is empty, images and placeholders do not match, truncation would cut an image, or a
+                keyword cannot act.
             TypeError: an unknown keyword.
         """
-        for name in ("videos", "audio"):  # transformers' `apply_chat_template` passes both, as None
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(f"BAGEL takes text and images, no {name}: pass frames of a video as images")
-        self._refuse_unknown(kwargs)
+        _check_nothing_else(kwargs)
+        known = _known_kwargs(self.image_processor)
+        kwargs = _checked_keywords(kwargs, known)
         # The side that a tokenizer was saved with must not override the one that generation needs.
         defaults = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
         kwargs_class: Any = self.valid_processor_kwargs  # a class, declared as an instance in transformers
         merged = self._merge_kwargs(kwargs_class, defaults, **kwargs)
-        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        text_kwargs, images_kwargs = (
+            {name: value for name, value in merged[group].items() if name in known[group] - REFUSED_TEXT.keys()}
+            for group in ("text_kwargs", "images_kwargs")
+        )
         return_tensors = text_kwargs.pop("return_tensors", None)
         return_replacements = text_kwargs.pop("return_text_replacement_offsets", False)
+        return_types = text_kwargs.pop("return_mm_token_type_ids", False)
 
         if text is None:
             if images is None or not flatten_images(images):
                 raise ValueError("the prompt is empty: pass text, images or both")
             return self.image_processor(images, **images_kwargs)
 
-        texts = self._check_texts(text)
+        texts = _checked_texts(text)
         if {"edited", "read"} & images_kwargs.keys():
             raise ValueError("with text, its placeholders say which images are edited and read: drop edited and read")
         groups = [list(_IMAGE_GROUP.finditer(text)) for text in texts]
@@ -216,83 +232,71 @@ class BagelProcessor(ProcessorMixin):
         read = [bool(match["read"] or match["both"]) for matches in groups for match in matches]
         features = {}
         if images:
-            images_kwargs["return_tensors"] = "pt"
-            features = self.image_processor(images, edited=edited, read=read, **images_kwargs)
+            images_kwargs |= {"return_tensors": "pt", "edited": edited, "read": read}
+            features = self.image_processor(images, **images_kwargs)
 
-        spans = self._image_spans(features, edited, read)
-        replacements = [[(match, next(spans)) for match in matches] for matches in groups]
-        texts = [_replaced(text, row) for text, row in zip(texts, replacements)]
+        spans = [self.replace_image_token(features, index, edited, read) for index in range(len(edited))]
+        texts, offsets = self.get_text_with_replacements(texts, spans)
         text_kwargs |= {"add_special_tokens": False, "return_token_type_ids": False}
         encoded = self.tokenizer(texts, **text_kwargs)
-        self._check_images_are_whole(texts, encoded["input_ids"])
+        _check_images_are_whole(self, texts, encoded["input_ids"])
         data = {**encoded, **features}
         if self.return_position_ids:
-            data["position_ids"] = self._position_ids(encoded, features)
+            data["position_ids"] = _position_ids(self, encoded, features)
         if return_replacements:  # transformers asks for them to place assistant masks
-            data["text_replacement_offsets"] = [_offsets(row) for row in replacements]
+            data["text_replacement_offsets"] = offsets
+        if return_types:
+            data["mm_token_type_ids"] = [[int(i in self.image_token_ids) for i in row] for row in encoded["input_ids"]]
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        known = {"text_kwargs": TEXT_KWARGS, "images_kwargs": set(self.image_processor.valid_kwargs.__annotations__)}
-        unknown = kwargs.keys() - known.keys() - known["text_kwargs"] - known["images_kwargs"]
-        for name, keys in known.items():
-            unknown |= kwargs.get(name, {}).keys() - keys
-        if unknown:
-            known_keys = ", ".join(sorted(known["text_kwargs"] | known["images_kwargs"]))
-            raise TypeError(f"BagelProcessor has no keyword {', '.join(sorted(unknown))}; it has {known_keys}")
+    def replace_image_token(
+        self,
+        image_inputs: Mapping[str, Any],
+        image_idx: int,
+        edited: bool | Sequence[bool] = False,
+        read: bool | Sequence[bool] = True,
+        **kwargs,
+    ) -> str:
+        """What stands in the prompt for an image: its placeholders, one per token, between those of its boundary.
 
-    def _check_texts(self, text: str | list[str]) -> list[str]:
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(prompt, str) for prompt in texts):
-            raise ValueError(f"text is a string or a list of strings, got {text!r}")
-        for index, prompt in enumerate(texts):
-            if not prompt.replace(self.bos_token, "").replace(self.eos_token, "").strip():
-                raise ValueError(f"the prompt is empty (text {index} of {len(texts)}): it needs words or an image")
-        return texts
+        Args:
+            image_inputs: what the image processor returned for all images.
+            image_idx: number of the image.
+            edited, read: as the image processor was given them.
+        """
+        span = ""
+        for token, sizes, side, flags in (
+            (self.latent_token, "latent_image_sizes", self.image_processor.latent_stride, edited),
+            (self.image_token, "image_grid_hw", 1, read),
+        ):
+            flags = [flags] * (image_idx + 1) if isinstance(flags, bool) else flags
+            if flags[image_idx]:
+                size = image_inputs[sizes][sum(flags[:image_idx])]  # of those that have this view
+                span += self.vision_start_token + token * int((size // side).prod()) + self.vision_end_token
+        return span
 
-    def _image_spans(self, features: BatchFeature | dict, edited: list[bool], read: list[bool]) -> Iterator[str]:
-        """The placeholders of each image in order, one per token."""
-        stride = self.image_processor.latent_stride
-        latent_sizes = iter(features.get("latent_image_sizes", ()))
-        grids = iter(features.get("image_grid_hw", ()))
-        for is_edited, is_read in zip(edited, read):
-            span = ""
-            if is_edited:
-                span += self._image_span(self.latent_token, (next(latent_sizes) // stride).prod())
-            if is_read:
-                span += self._image_span(self.image_token, next(grids).prod())
-            yield span
+    def get_text_with_replacements(
+        self, text: list[str], images_replacements: Sequence[str] = (), *others: Sequence[str]
+    ) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        """Texts with `replace_image_token` of each image at its placeholders, and where these were and are."""
+        spans = iter(images_replacements)
+        rows = [_replaced(one, _IMAGE_GROUP.finditer(one) if images_replacements else (), spans) for one in text]
+        return [one for one, _ in rows], [offsets for _, offsets in rows]
 
-    def _position_ids(self, encoded: dict[str, Any], features: BatchFeature | dict) -> LongTensor:
-        """(3, texts, longest) time, height and width; `layout_bagel.py` shows them."""
-        lengths = {len(ids) for ids in encoded["input_ids"]}
-        if len(lengths) > 1:
-            raise ValueError(f"texts of {sorted(lengths)} tokens have no common position_ids: pass padding=True")
-        input_ids = torch.tensor(encoded["input_ids"])
-        valid = torch.tensor(encoded["attention_mask"]) if "attention_mask" in encoded else torch.ones_like(input_ids)
-        marks = (self.image_token_id, self.latent_token_id, self.vision_start_token_id, self.vision_end_token_id)
-        placeholders = Placeholders.find(input_ids, *marks)
-        read, edited = (features.get(name) for name in ("image_grid_hw", "latent_image_sizes"))
-        grids = placeholders.merge_grids(
-            [] if read is None else read.tolist(),
-            [] if edited is None else (edited // self.image_processor.latent_stride).tolist(),
-        )
-        return placeholders.positions(valid, grids).movedim(-1, 0)
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence[tuple[int, int]] = (), **kwargs) -> MultiModalData:
+        """How many placeholders images take, without the images: what inference servers plan by.
 
-    def _image_span(self, token: str, number: torch.Tensor) -> str:
-        return self.vision_start_token + token * int(number) + self.vision_end_token
-
-    def _check_images_are_whole(self, texts: list[str], input_ids: list[list[int]]) -> None:
-        for token, token_id in ((self.latent_token, self.latent_token_id), (self.image_token, self.image_token_id)):
-            for text, ids in zip(texts, input_ids):
-                expected = len(re.findall(f"(?<!{PLAIN_TEXT_MARK}){re.escape(token)}", text))
-                kept = [index for index, kept_id in enumerate(ids) if kept_id == token_id]
-                ends = kept and ids[kept[0] - 1 : kept[0]] + ids[kept[-1] + 1 : kept[-1] + 2]
-                if len(kept) != expected or (kept and ends != [self.vision_start_token_id, self.vision_end_token_id]):
-                    raise ValueError(
-                        f"truncation cut an image: {len(kept)} of {expected} {token} placeholders are left in "
-                        f"{len(ids)} tokens; raise max_length, drop truncation, or shrink the image"
-                    )
+        Args:
+            image_sizes: (height, width) of each.
+            kwargs: as of a call without text: `edited`, `read` and settings of the image processor.
+        """
+        kwargs = _checked_keywords(kwargs, _known_kwargs(self.image_processor))
+        options = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]
+        settings = {name: options[name] for name in SETTINGS if name in options}
+        edited, read, sees = options.get("edited", False), options.get("read", True), self.image_processor
+        patches = [sees.get_number_of_image_patches(*size, settings, edited) if read else 0 for size in image_sizes]
+        latents = [sees.get_number_of_latent_patches(*size, settings) if edited else 0 for size in image_sizes]
+        return MultiModalData(num_image_tokens=[*map(sum, zip(patches, latents))], num_image_patches=patches)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Conversations to prompts
@@ -325,13 +329,17 @@ class BagelProcessor(ProcessorMixin):
             add_generation_prompt: append bos. By default where the last message is not the assistant's; never in
                 mode "image".
             kwargs: of transformers' `apply_chat_template`: `tokenize`, `return_dict`, `return_tensors`,
-                `continue_final_message`, `processor_kwargs` (keywords of `__call__`), ...
+                `continue_final_message`, `return_assistant_tokens_mask` (texts of the assistant, each with its eos),
+                `processor_kwargs` (keywords of `__call__`), ...
+
+        Raises:
+            ValueError: a conversation cannot be written, or tools or documents are given, which the template lacks.
+            TypeError: an unknown keyword.
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is one of {', '.join(GENERATION_MODES)}, not {generation_mode!r}")
-        if kwargs.get("return_assistant_tokens_mask") and chat_template is None:
-            raise ValueError("BAGEL's chat template marks no assistant tokens: training labels come from its collator")
         last_roles = {_last_role(chat) for chat in _conversations(conversation)}
+        _check_template_takes(self, chat_template, conversation, kwargs)
         if generation_mode == "image":
             add_generation_prompt = False
         elif kwargs.get("continue_final_message"):
@@ -452,7 +460,7 @@ class BagelProcessor(ProcessorMixin):
             return [_to_picture(picture) for picture in flatten_images(generated_outputs)]
         if generation_mode == "interleaved":
             decode = {"skip_special_tokens": skip_special_tokens, **kwargs}
-            return [[self._to_text_or_picture(item, decode) for item in sample] for sample in generated_outputs]
+            return [[_readable(self.tokenizer, item, decode) for item in sample] for sample in generated_outputs]
         raise ValueError(f"generation_mode is one of {', '.join(GENERATION_MODES)}, not {generation_mode!r}")
 
     def post_process_image_text_to_text(
@@ -464,13 +472,6 @@ class BagelProcessor(ProcessorMixin):
         if len(generated_outputs) and isinstance(generated_outputs[0], int):
             generated_outputs = [generated_outputs]
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
-
-    def _to_text_or_picture(self, item: Any, decode: dict[str, Any]) -> str | Image.Image:
-        if isinstance(item, str):
-            return item
-        if isinstance(item, Image.Image) or (isinstance(item, torch.Tensor) and item.ndim == 3):
-            return _to_picture(item)
-        return self.tokenizer.decode(item, **decode)
 
 
 def _image_group_pattern() -> re.Pattern:
@@ -485,6 +486,8 @@ def _image_group_pattern() -> re.Pattern:
 
 _IMAGE_GROUP = _image_group_pattern()
 
+_SAME_NUMBER = "The image tokens in the prompts should be the same as the number of images."  # as transformers says it
+
 
 def _token_id(tokenizer: Any, token: str) -> int:
     token_id = tokenizer.convert_tokens_to_ids(token)
@@ -493,13 +496,63 @@ def _token_id(tokenizer: Any, token: str) -> int:
     return token_id
 
 
+def _known_kwargs(image_processor: Any) -> dict[str, set[str]]:
+    """Names of each group. Without a video or a sound, those that say how it is read have nothing to act on."""
+    groups = ("text_kwargs", "videos_kwargs", "audio_kwargs")
+    known = {group: set(ProcessingKwargs.__annotations__[group].__annotations__) for group in groups}
+    known["videos_kwargs"] |= {"load_audio_from_video", "audio_from_video_indices"}
+    return known | {"images_kwargs": set(image_processor.valid_kwargs.__annotations__)}
+
+
+def _checked_keywords(kwargs: Mapping[str, Any], known: Mapping[str, set[str]]) -> dict[str, Any]:
+    """The keywords, with those of `common_kwargs` in each group that has them and says nothing else.
+
+    Raises:
+        TypeError: an unknown keyword, flat or in a group.
+        ValueError: one that cannot act, and asks for something.
+    """
+    flat = {name: value for name, value in kwargs.items() if name not in known and name != "common_kwargs"}
+    groups = {name: kwargs.get(name) or {} for name in (*known, "common_kwargs")}
+    everywhere = set().union(*known.values())
+    unknown = {name for group, given in groups.items() for name in given.keys() - known.get(group, everywhere)}
+    if unknown := sorted(unknown | flat.keys() - everywhere):
+        usual = sorted((known["text_kwargs"] | known["images_kwargs"]) - REFUSED.keys() - REFUSED_TEXT.keys())
+        raise TypeError(f"BagelProcessor has no keyword {', '.join(unknown)}; it has {', '.join(usual)}")
+    for given in (flat, groups["common_kwargs"], groups["text_kwargs"], groups["images_kwargs"]):
+        without_refused(given, REFUSED | REFUSED_TEXT)
+    common = {name: value for name, value in groups["common_kwargs"].items() if name not in flat}
+    for group in known if common else ():
+        groups[group] = {name: common[name] for name in common.keys() & known[group]} | groups[group]
+    return flat | {group: groups[group] for group in known if groups[group]}
+
+
+def _check_nothing_else(kwargs: dict[str, Any]) -> None:
+    """Take videos and sounds out of the keywords, if they are none: transformers passes None and empty lists."""
+    for name in ("videos", "audio", "audios"):
+        given = kwargs.pop(name, None)
+        if any(item is not None and 0 not in getattr(item, "shape", ()) for item in flatten_images(given)):
+            raise ValueError(f"BAGEL takes text and images, no {name}: pass frames of a video as images")
+
+
+def _checked_texts(text: str | list[str]) -> list[str]:
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts or not all(isinstance(prompt, str) for prompt in texts):
+        raise ValueError(f"text is a string or a list of strings, got {text!r}")
+    for index, prompt in enumerate(texts):
+        if not prompt.replace(BagelProcessor.bos_token, "").replace(BagelProcessor.eos_token, "").strip():
+            raise ValueError(f"the prompt is empty (text {index} of {len(texts)}): it needs words or an image")
+    return texts
+
+
 def _match_images(images: Any, counts: list[int]) -> list:
     """All images in reading order, given how many each text has placeholders for."""
     images = [] if images is None else images
     if isinstance(images, list | tuple) and any(isinstance(item, list | tuple) for item in images):
         rows = [[] if row is None else flatten_images(row) for row in images]
         if len(rows) != len(counts):
-            raise ValueError(f"{len(counts)} texts but lists of images for {len(rows)}: pass one list per text")
+            raise ValueError(
+                f"{len(counts)} texts but lists of images for {len(rows)}: pass one list per text. {_SAME_NUMBER}"
+            )
         for index, (row, count) in enumerate(zip(rows, counts)):
             if len(row) != count:
                 raise _mismatch(f"text {index}", count, len(row))
@@ -510,31 +563,57 @@ def _match_images(images: Any, counts: list[int]) -> list:
     return images
 
 
-def _replaced(text: str, replacements: list[tuple[re.Match, str]]) -> str:
-    pieces, end = [], 0
-    for match, replacement in replacements:
-        pieces += [text[end : match.start()], replacement]
+def _check_images_are_whole(processor: BagelProcessor, texts: list[str], input_ids: list[list[int]]) -> None:
+    boundary = [processor.vision_start_token_id, processor.vision_end_token_id]
+    for kind in ("latent", "image"):
+        token, token_id = getattr(processor, f"{kind}_token"), getattr(processor, f"{kind}_token_id")
+        for text, ids in zip(texts, input_ids):
+            expected = len(re.findall(f"(?<!{PLAIN_TEXT_MARK}){re.escape(token)}", text))
+            kept = [index for index, kept_id in enumerate(ids) if kept_id == token_id]
+            ends = kept and ids[kept[0] - 1 : kept[0]] + ids[kept[-1] + 1 : kept[-1] + 2]
+            if len(kept) != expected or (kept and ends != boundary):
+                raise ValueError(
+                    f"truncation cut an image: {len(kept)} of {expected} {token} placeholders are left in "
+                    f"{len(ids)} tokens; raise max_length, drop truncation, or shrink the image"
+                )
+
+
+def _position_ids(processor: BagelProcessor, encoded: dict[str, Any], features: BatchFeature | dict) -> LongTensor:
+    """(3, texts, longest) time, height and width; `layout_bagel.py` shows them."""
+    lengths = {len(ids) for ids in encoded["input_ids"]}
+    if len(lengths) > 1:
+        raise ValueError(f"texts of {sorted(lengths)} tokens have no common position_ids: pass padding=True")
+    input_ids = torch.tensor(encoded["input_ids"])
+    valid = torch.tensor(encoded["attention_mask"]) if "attention_mask" in encoded else torch.ones_like(input_ids)
+    names = ("image_token_id", "latent_token_id", "vision_start_token_id", "vision_end_token_id")
+    marks = (getattr(processor, name) for name in names)
+    placeholders = Placeholders.find(input_ids, *marks)
+    read, edited = (features.get(name) for name in ("image_grid_hw", "latent_image_sizes"))
+    grids = placeholders.merge_grids(
+        [] if read is None else read.tolist(),
+        [] if edited is None else (edited // processor.image_processor.latent_stride).tolist(),
+    )
+    return placeholders.positions(valid, grids).movedim(-1, 0)
+
+
+def _replaced(text: str, matches: Iterable[re.Match], spans: Iterator[str]) -> tuple[str, list[dict[str, Any]]]:
+    """The text with a span for each match, and where both are, in characters: in the form of transformers."""
+    pieces, offsets, end, shift = [], [], 0, 0
+    for match, span in zip(matches, spans):
+        new_span = (match.start() + shift, match.start() + shift + len(span))
+        fact = {"type": "image", "span": match.span(), "new_span": new_span}
+        offsets.append(fact | {"text": match.group(), "replacement": span})
+        pieces += [text[end : match.start()], span]
         end = match.end()
-    return "".join(pieces) + text[end:]
-
-
-def _offsets(replacements: list[tuple[re.Match, str]]) -> list[dict[str, Any]]:
-    """Where an image's placeholder was, and where its expansion is, in characters: in the form of transformers."""
-    offsets, shift = [], 0
-    for match, replacement in replacements:
-        start, end = match.span()
-        new_span = (start + shift, start + shift + len(replacement))
-        fact = {"type": "image", "span": (start, end), "new_span": new_span}
-        offsets.append(fact | {"text": match.group(), "replacement": replacement})
         shift = new_span[1] - end
-    return offsets
+    return "".join(pieces) + text[end:], offsets
 
 
 def _mismatch(where: str, placeholders: int, images: int) -> ValueError:
     return ValueError(
         f"{where} has placeholders for {placeholders} images, but {images} were given: write "
         f"{BagelProcessor.image_token} where an image is read, "
-        f"{BagelProcessor.latent_token}{BagelProcessor.image_token} where one is edited"
+        f"{BagelProcessor.latent_token}{BagelProcessor.image_token} where one is edited. {_SAME_NUMBER}"
     )
 
 
@@ -549,6 +628,24 @@ def _last_role(conversation: Sequence[Mapping[str, Any]]) -> str | None:
     for _ in conversation_items(conversation):
         pass
     return conversation[-1].get("role")
+
+
+def _check_template_takes(processor: BagelProcessor, template: Any, messages: Any, kwargs: Mapping[str, Any]) -> None:
+    if isinstance(processor.chat_template, dict):  # templates by name
+        template = processor.chat_template.get(template or "default", template)
+    template = template or processor.chat_template or ""
+    called = any(message.get("tool_calls") for chat in _conversations(messages) for message in chat)
+    for name, given in {**kwargs, "tool_calls": called}.items():
+        if name in ("tools", "tool_calls", "documents") and given and name not in template:
+            raise ValueError(
+                f"BAGEL was trained without {name}, and its chat template does not write them: describe them in a "
+                "message, or pass a chat_template that does"
+            )
+    if "generation_mode" in template:  # ours, else transformers finds the template's variables
+        others = {name: value for name, value in kwargs.items() if name not in CHAT_KWARGS}
+        if thinks := others.keys() & {"enable_thinking", "reasoning_effort"}:
+            raise TypeError(f"BagelProcessor has no keyword {', '.join(sorted(thinks))}: think=True asks for a plan")
+        _checked_keywords(others, _known_kwargs(processor.image_processor))
 
 
 def stored_model_config(directory: str | os.PathLike, **hub) -> BagelConfig | None:
@@ -575,6 +672,14 @@ def _facts_given(kwargs: Mapping[str, Any]) -> set[str]:
         "latent_stride": "latent_downsample",
     }
     return {fact for name, fact in decided_by.items() if name in kwargs} | set(kwargs.get("model_facts") or ())
+
+
+def _readable(tokenizer: Any, item: Any, decode: dict[str, Any]) -> str | Image.Image:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, Image.Image) or (isinstance(item, torch.Tensor) and item.ndim == 3):
+        return _to_picture(item)
+    return tokenizer.decode(item, **decode)
 
 
 def _to_picture(picture: Image.Image | torch.Tensor) -> Image.Image:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import jinja2
+import jinja2.ext
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,7 @@ from bagel.configuration_bagel import BagelConfig
 from bagel.image_processing_bagel import BagelImageProcessor
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
 from bagel.packing_bagel import MODEL_FACTS, PACKING_FACTS, PackingConfig
-from bagel.processing_bagel import ANSWER_SYSTEM_PROMPT, IMAGE_SYSTEM_PROMPT, BagelProcessor
+from bagel.processing_bagel import ANSWER_SYSTEM_PROMPT, IMAGE_SYSTEM_PROMPT, REFUSED_TEXT, BagelProcessor
 from bagel.shapes.tokenizer import SPECIAL_TOKENS, build_tiny_tokenizer
 
 
@@ -44,6 +45,16 @@ def make_processor(**settings) -> BagelProcessor:
     }
     tokenizer = build_tiny_tokenizer(vocab_size=263)  # a token per character
     return BagelProcessor(BagelImageProcessor(**tiny | settings), tokenizer, chat_template=TEMPLATE)
+
+
+class Generation(jinja2.ext.Extension):
+    """The tag that every template engine for chats has: what it encloses is written as it is."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +168,14 @@ def test_options_of_the_template(processor, options, expected):
 
 
 def test_the_template_works_without_the_processor():
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation])
     render = environment.from_string(TEMPLATE).render
+    plain = jinja2.Environment(extensions=[Generation]).from_string(TEMPLATE).render  # no whitespace depends on that
     conversation = [user("a", picture())]
+    chat = [*conversation, assistant(" b\n", picture()), {"role": "assistant", "content": "c "}]
+    assert (
+        plain(messages=chat) == render(messages=chat) == text("a") + IMAGE + text(" b\n") + LATENT + IMAGE + text("c ")
+    )
     assert render(messages=conversation) == text("a") + IMAGE
     assert render(messages=conversation, add_generation_prompt=True) == text("a") + IMAGE + "<|im_start|>"
     assert render(messages=conversation, generation_mode="image") == text("a") + LATENT + IMAGE
@@ -228,8 +244,75 @@ def test_wrong_conversations_are_refused(processor):
     for empty in ([], [[]]):
         with pytest.raises(ValueError, match="at least one"):
             processor.apply_chat_template(empty)
-    with pytest.raises(ValueError, match="collator"):
-        processor.apply_chat_template([user("hi")], return_assistant_tokens_mask=True, tokenize=True, return_dict=True)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_texts_of_the_assistant_and_their_eos_are_marked(processor, padding_side):
+    """What `assistant_only_loss` trains: images before, between and after do not shift it, nor does padding."""
+    first = [
+        {"role": "system", "content": "be brief"},
+        user(picture(), "draw", picture(60, 200, 1)),
+        assistant("one", picture(), "two "),
+        user(picture(50, 50), "and?"),
+        {"role": "assistant", "content": "three"},
+    ]
+    chats = [first, [user("hi"), assistant("hello")]]
+    inputs = processor.apply_chat_template(
+        chats,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding_side": padding_side},
+    )
+    masks = inputs["assistant_masks"].bool()
+    marked = [processor.decode(ids[mask]) for ids, mask in zip(inputs["input_ids"], masks)]
+    assert marked == ["one<|im_end|>two <|im_end|>three<|im_end|>", "hello<|im_end|>"]
+    plain = processor.apply_chat_template(chats, tokenize=True, return_dict=True, padding_side=padding_side)
+    assert inputs.keys() - plain.keys() == {"assistant_masks"}
+    assert torch.equal(plain["input_ids"], inputs["input_ids"])
+
+
+def test_the_marks_are_those_that_training_code_looks_for(repo):
+    for file in (repo, *(repo / "checkpoints").iterdir()):
+        assert "{% generation %}" in (file / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_tools_and_documents_are_refused_unless_the_template_writes_them(processor):
+    def weather(city: str) -> str:
+        """The weather.
+
+        Args:
+            city: where.
+        """
+
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
+    called = [user("hi"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    for tokenize in (True, False):
+        with pytest.raises(ValueError, match=r"trained without tools, .* describe them in a message"):
+            processor.apply_chat_template([user("hi")], tools=[weather], tokenize=tokenize)
+        with pytest.raises(ValueError, match="trained without documents"):
+            processor.apply_chat_template([user("hi")], documents=[{"title": "a", "text": "b"}], tokenize=tokenize)
+        with pytest.raises(ValueError, match="trained without tool_calls"):
+            processor.apply_chat_template(called, tokenize=tokenize)
+    assert processor.apply_chat_template([user("hi")], tools=[], documents=None) == text("hi") + "<|im_start|>"
+    template = "{{ tools[0]['function']['name'] }}"
+    assert processor.apply_chat_template([user("hi")], template, tools=[weather]) == "weather"
+
+
+def test_keywords_of_other_chat_templates_are_refused_without_tokenizing_too(processor):
+    for thinks in ({"enable_thinking": True}, {"reasoning_effort": "high"}):
+        with pytest.raises(TypeError, match="think=True asks for a plan"):
+            processor.apply_chat_template([user("hi")], **thinks)
+    with pytest.raises(TypeError, match="no keyword generaton_mode"):
+        processor.apply_chat_template([user("hi")], generaton_mode="image")
+    template = "{{ enable_thinking }}"
+    assert processor.apply_chat_template([user("hi")], template, enable_thinking=True) == "True"
+    ours = make_processor()
+    ours.chat_template = {"default": TEMPLATE, "other": template}
+    assert ours.apply_chat_template([user("hi")], "other", enable_thinking=True) == "True"
+    with pytest.raises(TypeError, match="think=True"):
+        ours.apply_chat_template([user("hi")], enable_thinking=True)
 
 
 def test_openai_image_urls_are_images(processor, tmp_path):
@@ -345,7 +428,8 @@ def test_wrong_calls_are_refused(processor):
         processor(text=[["hi"]])
     with pytest.raises(ValueError, match="no videos"):
         processor(text="hi", videos=["a.mp4"])
-    for unknown in ({"pading": True}, {"do_resize": False}, {"text_kwargs": {"foo": 1}}, {"images_kwargs": {"foo": 1}}):
+    nested = ({f"{group}_kwargs": {"foo": 1}} for group in ("text", "images", "videos", "audio", "common"))
+    for unknown in ({"pading": True}, {"do_flip": False}, *nested):
         with pytest.raises(TypeError, match="has no keyword"):
             processor(text="hi", **unknown)
     with pytest.raises(TypeError, match="has no keyword"):
@@ -385,6 +469,106 @@ def test_keywords_reach_the_tokenizer_and_the_image_processor(processor):
     assert processor(text="hi", return_tensors=None)["input_ids"][0] == processor.tokenizer("hi")["input_ids"]
 
 
+def test_keywords_of_image_processors_act_from_the_processor_too(processor):
+    image = picture(56, 42)
+    expected = processor.image_processor(image, do_resize=False, do_normalize=False, rescale_factor=0.5)
+    settings = {"do_resize": False, "do_normalize": False, "rescale_factor": 0.5}
+    for given in (settings, {"images_kwargs": settings}, {"common_kwargs": settings | {"padding": True}}):
+        inputs = processor(image, IMAGE, **given)
+        assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+        assert int((inputs["input_ids"] == processor.image_token_id).sum()) == len(expected["pixel_values"])
+    with pytest.raises(ValueError, match="two times"):
+        processor(image, IMAGE, do_resize=False, images_kwargs={"do_resize": False})
+
+
+def test_keywords_that_cannot_act_are_refused_by_name(processor):
+    asked = {
+        "text_pair": "b",
+        "text_target": "b",
+        "text_pair_target": "b",
+        "is_split_into_words": True,
+        "return_token_type_ids": True,
+        "return_overflowing_tokens": True,
+        "stride": 3,
+    }
+    assert asked.keys() == REFUSED_TEXT.keys()
+    for name, value in (asked | {"do_center_crop": True, "device": "cuda"}).items():
+        for given in ({name: value}, {"common_kwargs": {name: value}}):
+            with pytest.raises(ValueError, match=f"{name} cannot be set: "):
+                processor(picture(), IMAGE, **given)
+    with pytest.raises(ValueError, match="stride cannot be set"):
+        processor(text="hi", text_kwargs={"stride": 3})
+    nothing = {"stride": 0, "return_token_type_ids": False, "text_pair": None, "do_pad": False, "device": "cpu"}
+    assert torch.equal(processor(text="hi", **nothing)["input_ids"], processor(text="hi")["input_ids"])
+
+
+def test_keywords_of_videos_and_sounds_have_nothing_to_act_on(processor):
+    about = {"num_frames": 2, "fps": None, "do_sample_frames": True, "return_metadata": True, "sampling_rate": 16000}
+    expected = processor(picture(), IMAGE)
+    for given in (about, {"videos_kwargs": {"num_frames": 2}, "audio_kwargs": {"sampling_rate": 16000}}):
+        inputs = processor(picture(), IMAGE, **given)
+        assert inputs.keys() == expected.keys() and torch.equal(inputs["input_ids"], expected["input_ids"])
+    chat = {"tokenize": True, "return_dict": True, "load_audio_from_video": True}
+    processor.apply_chat_template([user(picture())], processor_kwargs={"num_frames": 2, "fps": None}, **chat)
+
+
+@pytest.mark.parametrize("nothing", [None, [], (), [[]], [[], []], np.zeros((0, 3))], ids=str)
+def test_no_videos_and_no_sounds_are_nothing(processor, nothing):
+    inputs = processor(text="hi", videos=nothing, audio=nothing, audios=nothing)
+    assert inputs.keys() == {"input_ids", "attention_mask"}
+    for name in ("videos", "audio", "audios"):
+        with pytest.raises(ValueError, match=f"no {name}"):
+            processor(text="hi", **{name: [np.zeros((2, 8, 8, 3))]})
+
+
+def test_image_tokens_can_be_counted_and_marked(processor):
+    sizes = [(80, 120), (200, 60), (42, 42)]
+    images = [picture(width, height) for height, width in sizes]
+    for placeholder, options in (
+        (IMAGE, {}),
+        (LATENT + IMAGE, {"edited": True}),
+        (LATENT, {"edited": True, "read": False}),
+        (IMAGE, {"images_kwargs": {"max_pixels": 2000}}),
+        (IMAGE, {"vae_resize_first": True}),
+    ):
+        settings = {name: value for name, value in options.items() if name not in ("edited", "read")}
+        inputs = processor(images, [placeholder] * 3, return_mm_token_type_ids=True, **settings)
+        counted = processor._get_num_multimodal_tokens(image_sizes=sizes, **options)
+        assert inputs["mm_token_type_ids"].sum(-1).tolist() == counted["num_image_tokens"]
+        read = (inputs["input_ids"] == processor.image_token_id).sum(-1)
+        assert read.tolist() == counted["num_image_patches"]
+    assert "mm_token_type_ids" not in processor(images[0], IMAGE)
+
+
+def test_what_replaces_an_image_can_be_made_alone(processor):
+    images = [picture(), picture(60, 200, 1), picture(42, 42)]
+    flags = {"edited": [True, False, True], "read": [False, True, True]}
+    features = processor.image_processor(images, **flags)
+    spans = [processor.replace_image_token(features, index, **flags) for index in range(3)]
+    bare = ["a<|vision_pad|>b", "c<|image_pad|><|vision_pad|><|image_pad|>"]
+    texts, offsets = processor.get_text_with_replacements(bare, spans)
+    assert texts == ["a" + spans[0] + "b", "c" + spans[1] + spans[2]]
+    assert [one["replacement"] for row in offsets for one in row] == spans
+    written = processor.tokenizer.batch_decode(processor(images, bare, padding=False, return_tensors=None)["input_ids"])
+    assert written == texts
+    alone = processor.image_processor(images[1])
+    assert processor.replace_image_token(alone, 0) == spans[1]
+
+
+def test_a_mismatch_is_said_in_the_words_of_transformers_too(processor):
+    words = " tokens in the prompts should be the same as the number of "
+    for images in ([picture()] * 2, [[picture()], [picture()]], [[picture()] * 2]):
+        with pytest.raises(ValueError, match=words):
+            processor(images, [IMAGE])
+
+
+def test_transformers_finds_the_parts_by_their_names(processor):
+    assert processor.get_attributes() == processor.attributes == ["image_processor", "tokenizer"]
+    assert (processor.image_processor_class, processor.tokenizer_class) == ("AutoImageProcessor", "AutoTokenizer")
+    assert processor.valid_processor_kwargs.__name__ == "BagelProcessorKwargs"
+    assert processor.image_processor.valid_kwargs.__name__ == "BagelImageProcessorKwargs"
+
+
 def test_replaced_placeholders_can_be_located(processor):
     texts = ["hi" + LATENT + IMAGE + "you <|image_pad|>", "no image"]
     inputs = processor([picture(), picture(60, 200)], texts, return_text_replacement_offsets=True, padding=True)
@@ -408,7 +592,9 @@ def test_images_alone_are_the_image_processor(processor):
 
 
 def test_model_input_names_are_what_comes_out(processor):
-    assert set(processor.model_input_names) == processor(picture(), LATENT + IMAGE).keys()
+    assert set(processor.model_input_names) == processor(picture(), IMAGE).keys()
+    names = {*processor.model_input_names, *processor.image_processor.model_input_names}
+    assert names == processor(picture(), LATENT + IMAGE).keys()
 
 
 def test_a_tokenizer_without_the_special_tokens_is_refused():
@@ -487,6 +673,14 @@ def test_auto_processor_loads_it_as_remote_code(tmp_path, monkeypatch):
         assert inputs.keys() == expected.keys()
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
     assert AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True, patch_size=7).image_processor.patch_size == 7
+
+
+def test_saving_leaves_no_trace_on_the_processor(tmp_path, tiny_directory):
+    processor = load(tiny_directory)
+    before = processor.to_dict()
+    processor.save_pretrained(tmp_path)
+    assert processor.to_dict() == before == load(tmp_path).to_dict()
+    assert "auto_map" in json.loads((tmp_path / "processor_config.json").read_text())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -650,6 +844,47 @@ def test_a_saved_folder_alone_packs_and_trains_with_spawned_workers(tmp_path, ti
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "trained"
+
+
+SPAWNED = """
+from functools import partial
+
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor
+
+
+def prompt(processor, colours):
+    chats = [[{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (128, 128), colour)}]}]
+             for colour in colours]
+    return dict(processor.apply_chat_template(chats, tokenize=True, return_dict=True, return_tensors="pt"))
+
+
+def main():
+    processor = AutoProcessor.from_pretrained("model", trust_remote_code=True)
+    made = partial(prompt, processor)
+    colours = ["red", "green", "blue", "white"]
+    options = {"batch_size": 2, "collate_fn": made, "num_workers": 2, "multiprocessing_context": "spawn"}
+    loader = DataLoader(colours, persistent_workers=True, **options)
+    for epoch in range(2):
+        for batch, pair in zip(loader, (colours[:2], colours[2:]), strict=True):
+            assert all((batch[name] == value).all() for name, value in made(pair).items())
+    print("the same")
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_spawned_workers_that_stay_make_the_same_prompts(tmp_path, tiny_directory):
+    load(tiny_directory).save_pretrained(tmp_path / "model")
+    (tmp_path / "script.py").write_text(SPAWNED)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "script.py"]  # nothing of this checkout is on its path
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "the same"
 
 
 def test_a_collator_of_remote_code_can_be_pickled(processor, tiny_directory):
