@@ -291,7 +291,8 @@ class BagelProcessor(ProcessorMixin):
             kwargs: as of a call without text: `edited`, `read` and settings of the image processor.
         """
         kwargs = _checked_keywords(kwargs, _known_kwargs(self.image_processor))
-        options = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]
+        kinds: Any = self.valid_processor_kwargs  # a class, which transformers declares as an instance
+        options = self._merge_kwargs(kinds, **kwargs)["images_kwargs"]
         settings = {name: options[name] for name in SETTINGS if name in options}
         edited, read, sees = options.get("edited", False), options.get("read", True), self.image_processor
         patches = [sees.get_number_of_image_patches(*size, settings, edited) if read else 0 for size in image_sizes]

@@ -31,6 +31,7 @@ from bagel.checkpoint_bagel import to_released_name, to_released_shape
 from bagel.configuration_bagel import BagelConfig
 from bagel.conversion import backbones, commands, folders
 from bagel.conversion.backbones import SPECIAL_TOKENS, add_special_tokens, find_files, resize_position_table
+from bagel.flow_bagel import patchify_latents
 from bagel.modeling_bagel import BagelForUnifiedMultimodal
 from bagel.shapes.tokenizer import build_tiny_tokenizer
 
@@ -323,7 +324,7 @@ def test_the_autoencoder_is_the_given_one(parts, loaded):
     with torch.no_grad():
         expected = (loaded.vae.encode(picture[None]).latent_dist.mode() - 0.25) * 0.5
         decoded = loaded.vae.decode(expected / 0.5 + 0.25).sample[0]
-    assert torch.equal(latents, modeling_bagel.patchify_latents(expected[0], 2))
+    assert torch.equal(latents, patchify_latents(expected[0], 2))
     torch.testing.assert_close(model.decode_latents(latents, (4, 2)), decoded)
     assert not any(p.requires_grad for p in model.vae.parameters())
 

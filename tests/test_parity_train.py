@@ -62,7 +62,7 @@ def run(model, inputs: dict):
     states, hooks = [], []
     for layer in model.language_model.model.layers:
         hook = layer.register_forward_hook(
-            lambda layer, args, kwargs, output: states.append(kwargs["routing"].restore(output[0])[0].detach()),
+            lambda layer, args, kwargs, output: states.append(kwargs["routing"].restore(output)[0].detach()),
             with_kwargs=True,
         )
         hooks.append(hook)
