@@ -559,11 +559,13 @@ class BagelGenerationMixin(BagelDrawingMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Beams and several answers: images are repeated with the row that holds them."""
         images = ImageTensors.among(model_kwargs)
-        if expand_size == 1 or input_ids is None or images.empty:
+        if expand_size == 1 or input_ids is None:
             return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         rows = [row for row in range(input_ids.shape[0]) for _ in range(expand_size)]
-        prompt, images = self._prompt_of(input_ids, model_kwargs).select(rows, images)
-        repeated = {"prompt": prompt, **images.tensors()}
+        repeated = {}
+        if not images.empty:
+            prompt, images = self._prompt_of(input_ids, model_kwargs).select(rows, images)
+            repeated = {"prompt": prompt, **images.tensors()}
         positions = model_kwargs.pop("position_ids", None)
         if positions is not None:  # transformers 5.17 knows one form only
             repeated["position_ids"] = positions.repeat_interleave(expand_size, dim=positions.ndim - 2)
@@ -616,10 +618,10 @@ def without_dangling_bos(config, prompt: Prompt) -> Prompt:
 
 def stored_image_processor(model) -> Any:
     """The image processor in the model's own folder."""
-    from transformers import AutoImageProcessor
+    from transformers import AutoProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(model.config._name_or_path, trust_remote_code=True)
+        return AutoProcessor.from_pretrained(model.config._name_or_path, trust_remote_code=True).image_processor
     except (OSError, ValueError) as error:
         raise ValueError(
             "Drawn images are read back by a processor, and this model's folder has none: pass processor=..., the one "

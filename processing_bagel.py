@@ -93,7 +93,6 @@ class BagelProcessor(ProcessorMixin):
 
     valid_processor_kwargs = BagelProcessorKwargs
     attributes: ClassVar[list[str]] = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
 
     # A text span is delimited by these two whatever the tokenizer calls its own bos and eos.
